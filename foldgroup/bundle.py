@@ -1,0 +1,201 @@
+"""Bundles: the folder a compile writes. Written whole or not at all, read with every hash checked.
+
+====================  =====================================================  ==================
+file                  holds                                                  hashed in
+====================  =====================================================  ==================
+manifest.json         what was built, from what; no times, no machine        –
+model.onnx            the folded network                                     manifest.json
+passes.json           what each pass did and why it left what it left        manifest.json
+preprocessing.json    how an image becomes the input; class names            manifest.json
+engines.json          the engines and how they were built                    –
+model.rtx.plan        a TensorRT-RTX engine                                  engines.json
+golden.safetensors    inputs and the training form's float64 logits          verification.json
+verification.json     what was measured, and on which machine                –
+====================  =====================================================  ==================
+
+Equal checkpoints and options give byte-equal files down to preprocessing.json. Engine builders are not deterministic and
+the last bits of float64 sums depend on the processor, so those files are outside that promise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from foldgroup.emit.onnx import MODEL
+from foldgroup.errors import BundleError, EquivalenceError
+
+SCHEMA = 1
+MANIFEST, PASSES, PREPROCESSING = "manifest.json", "passes.json", "preprocessing.json"
+ENGINES, GOLDEN, VERIFICATION = "engines.json", "golden.safetensors", "verification.json"
+
+
+def to_json(document: Any) -> bytes:
+    """A JSON document as stable text: sorted keys, indented, one newline at the end."""
+    return (json.dumps(document, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def file_entry(content: bytes) -> dict[str, Any]:
+    """How the manifest names a file's content."""
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk, its JSON documents read and its schema known; open one with :func:`read_bundle`."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @cached_property
+    def passes(self) -> dict[str, Any]:
+        """``passes.json``: options and pass records."""
+        return _read_json(self.path / PASSES)
+
+    @cached_property
+    def preprocessing(self) -> dict[str, Any]:
+        """``preprocessing.json``."""
+        return _read_json(self.path / PREPROCESSING)
+
+    @cached_property
+    def engines(self) -> dict[str, Any]:
+        """``engines.json``."""
+        return _read_json(self.path / ENGINES)
+
+    @cached_property
+    def verification(self) -> dict[str, Any]:
+        """``verification.json``."""
+        return _read_json(self.path / VERIFICATION)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the input."""
+        _, *shape = self.manifest["input"]["shape"]
+        return tuple(shape)
+
+    def read(self, name: str) -> bytes:
+        """The content of a file of the bundle.
+
+        Raises:
+            BundleError: if it is missing.
+        """
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise BundleError(f"{self.path / name}: cannot be read ({error.strerror}); compile again") from error
+
+    def check_files(self) -> int:
+        """Compare every file with the hash recorded for it; returns how many were checked.
+
+        Raises:
+            EquivalenceError: naming the first file that is not the one that was written.
+        """
+        recorded = dict(self.manifest["files"])
+        recorded |= {engine["file"]: engine for engine in self.engines["engines"]}
+        recorded[GOLDEN] = self.verification["golden"]
+        for name, entry in sorted(recorded.items()):
+            if file_entry(self.read(name))["sha256"] != entry["sha256"]:
+                raise EquivalenceError(f"{self.path / name}: not the file that was compiled (its SHA-256 differs)")
+        return len(recorded)
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Open the bundle at ``path``.
+
+    Raises:
+        BundleError: if it is no bundle, or one of a newer schema.
+    """
+    if not path.exists():
+        raise BundleError(f"{path}: there is no such bundle; make one with 'foldgroup compile CHECKPOINT -o {path}'")
+    if not (path / MANIFEST).is_file():
+        raise BundleError(f"{path}: not a bundle (no {MANIFEST} in it); make one with 'foldgroup compile CHECKPOINT'")
+    manifest = _read_json(path / MANIFEST)
+    if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("schema"), int):
+        raise BundleError(f"{path / MANIFEST}: not a foldgroup manifest; compile again")
+    if manifest["schema"] != SCHEMA:
+        raise BundleError(f"{path}: schema {manifest['schema']}, this foldgroup reads {SCHEMA}; use a newer foldgroup")
+    return Bundle(path, manifest)
+
+
+def check_target(path: Path, *, force: bool) -> None:
+    """Refuse, before any work, a place where a bundle could not or must not be written.
+
+    Raises:
+        BundleError: if something is there that is no bundle, a bundle without ``force``, or no folder to write in.
+    """
+    if not path.parent.is_dir():
+        raise BundleError(f"{path.parent}: there is no such folder; create it or choose another with -o")
+    if not os.access(path.parent, os.W_OK):
+        raise BundleError(f"{path.parent}: not writable; choose another place with -o")
+    if not path.exists() and not path.is_symlink():
+        return
+    try:
+        read_bundle(path)
+    except BundleError as error:
+        raise BundleError(
+            f"{path}: exists and is no bundle, so it is left alone; choose another place with -o"
+        ) from error
+    if not force:
+        raise BundleError(f"{path}: exists; pass --force to replace this bundle, or choose another place with -o")
+
+
+def write_bundle(path: Path, files: Mapping[str, bytes], *, force: bool = False) -> Bundle:
+    """Write ``files`` as the bundle ``path``: all of them or, if anything goes wrong, none, and what was there stays.
+
+    The files are written to a hidden folder beside ``path``, which then takes its name in one step.
+
+    Raises:
+        BundleError: as :func:`check_target`, or if the disk refuses.
+    """
+    check_target(path, force=force)
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            for name, content in files.items():
+                with (staging / name).open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            staging.chmod(0o755)
+            _take_name(staging, path)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from error
+    return read_bundle(path)
+
+
+def _take_name(staging: Path, path: Path) -> None:
+    """Move ``staging`` to ``path``; a bundle that is there is set aside until that has worked."""
+    if not path.exists():
+        staging.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    path.rename(aside / path.name)
+    try:
+        staging.rename(path)
+    except BaseException:
+        (aside / path.name).rename(path)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}); compile again") from error
+    except ValueError as error:
+        raise BundleError(f"{path}: not JSON ({error}); compile again") from error
+    if not isinstance(document, dict):
+        raise BundleError(f"{path}: not a JSON object; compile again")
+    return document

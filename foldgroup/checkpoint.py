@@ -1,0 +1,253 @@
+"""Checkpoints: dialects → (model, gates, provenance); safe loading only.
+
+A file travels :mod:`~foldgroup.safe_load` (file → tensors) → :mod:`~foldgroup.dialects` (any known key layout → ours) →
+:mod:`~foldgroup.architecture` (shapes → network) → :class:`Checkpoint`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from foldgroup.architecture import arch_name, build_and_check, infer_config, named_config, summary
+from foldgroup.dialects import GateOrder, ZeroGates, translate
+from foldgroup.errors import CheckpointError
+from foldgroup.safe_load import check_tensors, load_file, shown
+
+FORMAT = 1
+"""Version of foldgroup's own checkpoint layout."""
+
+_COUNTER = ".num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the network's input: resize the short side, crop the centre, scale to [0, 1], normalise."""
+
+    resize: int
+    size: int
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    @classmethod
+    def standard(cls, size: int) -> Preprocessing:
+        """ImageNet's: resize to 8/7 of ``size`` and crop; images of 64 pixels or less are resized only."""
+        return cls(resize=size if size <= 64 else round(size * 8 / 7), size=size)
+
+    def transform(self) -> v2.Transform:
+        """The same as torchvision transforms, from a PIL image to a float32 tensor [C, H, W]."""
+        return v2.Compose(
+            [
+                v2.Resize(self.resize, antialias=True),
+                v2.CenterCrop(self.size),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(self.mean, self.std),
+            ]
+        )
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    arch: str,
+    preprocessing: Preprocessing,
+    classes: Sequence[str],
+    *,
+    training: dict[str, Any],
+) -> None:
+    """Write ``model`` in foldgroup's own layout, atomically: tensors and plain values, which load without code."""
+    document = {
+        "foldgroup": FORMAT,
+        "arch": arch,
+        "preprocessing": asdict(preprocessing),
+        "classes": list(classes),
+        "training": training,
+        "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
+    }
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(document, temporary)
+    temporary.replace(path)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained network in training form, and where it came from."""
+
+    path: Path
+    sha256: str
+    """Of the file's bytes."""
+    dialect: str
+    """The key layout: "foldgroup" or "d-li14"."""
+    arch: str
+    """A registered builder's name, or a description such as "bottleneck-2-2-2"."""
+    model: nn.Module
+    """A :class:`foldgroup.nn.GroupableResNet` in eval mode, float32 or float64 as the file's widest tensor."""
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+    """Class names in the order of the logits; empty when unknown."""
+    notes: tuple[str, ...]
+    """What a user should know about how the file was read."""
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    arch: str | None = None,
+    gate_order: GateOrder = "stored",
+    zero_gates: ZeroGates | None = None,
+) -> Checkpoint:
+    """Read a checkpoint of foldgroup or of the d-li14 family without running code from it.
+
+    ``arch`` names a registered builder instead of inferring the network from the tensors. ``gate_order`` "sorted" is
+    for d-li14 networks built with ``sort=True``, which nothing in the file reveals. ``zero_gates`` says what gates of
+    exactly 0 mean; in foldgroup's own layout they are the identity unless it says otherwise.
+
+    Raises:
+        CheckpointError: if the file is unsafe, damaged, or no such network; the message names the file, the key or
+            layer, and what to do.
+    """
+    path = Path(path)
+    try:
+        return _load(path, arch, gate_order, zero_gates)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error.__cause__
+
+
+def _load(path: Path, arch: str | None, gate_order: GateOrder, zero_gates: ZeroGates | None) -> Checkpoint:
+    if gate_order not in get_args(GateOrder) or zero_gates not in (None, *get_args(ZeroGates)):
+        raise CheckpointError("--gate-order takes stored or sorted, --zero-gates identity or ones")
+    file = load_file(path)
+    wrapped, ignored = _find_state_dict(file.document)
+    tensors = check_tensors(_without_prefixes(wrapped), file.size)
+    translation = translate(tensors, gate_order, zero_gates)
+    state = translation.state
+
+    if arch is None:
+        config = infer_config(state)
+        arch, described_by = arch_name(config), f"the bottleneck network that its shapes describe ({summary(config)})"
+    else:
+        config, described_by = named_config(arch, state), arch
+    model = build_and_check(config, state, described_by)
+    for key in model.state_dict():
+        if key.endswith(_COUNTER):
+            state.setdefault(key, torch.tensor(0))
+    dtype, dtype_notes = _common_dtype(state)
+    model.load_state_dict(_plain(state, dtype), assign=True)
+
+    notes = [*translation.notes, *dtype_notes]
+    if ignored:
+        notes.append(f"ignored beside the weights: {shown(ignored, limit=8)}")
+    preprocessing, classes = _own_record(file.document, config.num_classes)
+    if preprocessing is None:
+        preprocessing = Preprocessing.standard(224 if config.stem == "imagenet" else 32)
+        notes.append(
+            f"the file does not say how to prepare images: assumed {preprocessing.size} pixels, ImageNet's mean and std"
+        )
+    if translation.dialect != "foldgroup" and config.stem == "cifar":
+        notes.append("a 3×3 stem is taken to have stride 1 and no max pool, which tensors do not show")
+    return Checkpoint(path, file.sha256, translation.dialect, arch, model.eval(), preprocessing, classes, tuple(notes))
+
+
+def _find_state_dict(document: object) -> tuple[Mapping[object, object], list[object]]:
+    """The state dict in what a file held, and the keys left aside."""
+    if not isinstance(document, dict):
+        raise CheckpointError(f"this file holds a {type(document).__name__}, no state dict: save model.state_dict()")
+    if "foldgroup" in document:
+        version = document["foldgroup"]
+        if type(version) is not int or version < 1:
+            raise CheckpointError(
+                f"its format number is {shown([version])}: the file is damaged; copy or train it again"
+            )
+        if version > FORMAT:
+            raise CheckpointError(
+                f"it is written in format {version} and this foldgroup reads formats up to {FORMAT}: update foldgroup"
+            )
+        if not isinstance(document.get("state_dict"), dict):
+            raise CheckpointError("key 'state_dict' is missing from this foldgroup checkpoint: copy or train it again")
+        return document["state_dict"], []
+    for name in ("state_dict", "model_state_dict", "model"):
+        if isinstance(document.get(name), dict):
+            return document[name], [key for key in document if key != name]
+    if not any(isinstance(value, Tensor) for value in document.values()):
+        raise CheckpointError(
+            f"there are no weights in it, only {shown(document) or 'an empty dict'}: "
+            "save model.state_dict(), bare or under the key 'state_dict'"
+        )
+    return document, []
+
+
+def _without_prefixes(state: Mapping[object, object]) -> dict[object, object]:
+    """Names without the "module." of DataParallel and the "_orig_mod." of torch.compile."""
+    result: dict[object, object] = {}
+    for key, value in state.items():
+        name = key
+        while isinstance(name, str) and name.startswith(("module.", "_orig_mod.")):
+            name = name.partition(".")[2]
+        if name in result:
+            raise CheckpointError(
+                f"key {shown([name])} is there both with and without a wrapper's prefix: keep one of them"
+            )
+        result[name] = value
+    return result
+
+
+def _common_dtype(state: Mapping[str, Tensor]) -> tuple[torch.dtype, list[str]]:
+    """The widest of the tensors' dtypes, at least float32, and a note where that widens any of them."""
+    for key, tensor in state.items():
+        if not key.endswith(_COUNTER) and not tensor.is_floating_point():
+            raise CheckpointError(
+                f"key {shown([key])} is {tensor.dtype}, not floating point: save the trained weights as they are"
+            )
+        if key.endswith(".running_var") and bool((tensor < 0).any()):
+            raise CheckpointError(
+                f"key {shown([key])} has negative values, which are no variances: the file is damaged; copy it again"
+            )
+    stored = {tensor.dtype for key, tensor in state.items() if not key.endswith(_COUNTER)}
+    widest = torch.float64 if torch.float64 in stored else torch.float32
+    narrower = sorted(str(dtype).removeprefix("torch.") for dtype in stored - {widest})
+    name = str(widest).removeprefix("torch.")
+    return widest, [f"{' and '.join(narrower)} tensors read as {name}, which is exact"] if narrower else []
+
+
+def _plain(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors in ``dtype``, each contiguous and alone in its storage; copied only where they are not yet."""
+    plain = {}
+    storages = set()
+    for key, stored in state.items():
+        tensor = stored.to(torch.int64 if key.endswith(_COUNTER) else dtype)
+        strides = torch.empty(tensor.shape, device="meta").stride()
+        storage = tensor.untyped_storage()
+        if tensor.stride() != strides or storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        storages.add(tensor.untyped_storage().data_ptr())
+        plain[key] = tensor
+    return plain
+
+
+def _own_record(document: object, num_classes: int) -> tuple[Preprocessing | None, tuple[str, ...]]:
+    """Preprocessing and class names as :func:`save_checkpoint` wrote them; nothing for any other file."""
+    if not isinstance(document, dict) or "foldgroup" not in document:
+        return None, ()
+    try:
+        entry = dict(document["preprocessing"])
+        mean, std = (tuple(float(value) for value in entry[key]) for key in ("mean", "std"))
+        preprocessing = Preprocessing(int(entry["resize"]), int(entry["size"]), mean, std)
+        classes = tuple(document["classes"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError("its 'preprocessing' or 'classes' is damaged: copy or train it again") from error
+    if preprocessing.size < 1 or preprocessing.resize < preprocessing.size or not all(map(math.isfinite, mean)):
+        raise CheckpointError("its 'preprocessing' describes no image: copy or train it again")
+    if not all(value > 0 and math.isfinite(value) for value in std):
+        raise CheckpointError("its 'preprocessing' divides by a 'std' that is not positive: copy or train it again")
+    if not all(isinstance(name, str) for name in classes) or len(classes) not in (0, num_classes):
+        raise CheckpointError(f"its 'classes' are not {num_classes} names, one a logit: copy or train it again")
+    return preprocessing, classes

@@ -1,0 +1,274 @@
+"""The command line: one function a verb. The only place that prints.
+
+Results go to standard output, progress and errors to standard error. Exit status: 0 done; 1 a check failed; 2 bad usage or
+input, with one message and nothing written.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import click
+
+from foldgroup.errors import EquivalenceError, FoldgroupError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+ExistingPath = click.Path(path_type=Path)
+
+
+def _errors_are_messages(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn a FoldgroupError into one message and its exit status."""
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except FoldgroupError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(error.exit_status)
+        except KeyboardInterrupt:
+            click.echo("Interrupted; nothing was written", err=True)
+            sys.exit(130)
+
+    return wrapper
+
+
+def _reading_options(function: Callable[P, R]) -> Callable[P, R]:
+    """The options that say how to read a checkpoint."""
+    options = (
+        click.option("--arch", help="Builder to use, such as g_resnext50, instead of inferring it from the tensors."),
+        click.option(
+            "--gate-order",
+            type=click.Choice(["stored", "sorted"]),
+            default="stored",
+            show_default=True,
+            help="'sorted' for a public DGConv trained with sort=True, which moves identity factors first. "
+            "Nothing in the file tells: ask whoever trained it.",
+        ),
+        click.option(
+            "--zero-gates",
+            type=click.Choice(["identity", "ones"]),
+            help="What a gate of exactly 0 in a public DGConv checkpoint means; without it, such a file is refused.",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="foldgroup")
+def main() -> None:
+    """Turn networks that learned their channel groups into the grouped convolutions they really are.
+
+    \b
+    foldgroup compile checkpoint.pt          a verified ONNX model and TensorRT engine
+    foldgroup verify checkpoint.pt BUNDLE    is it the trained network?
+    foldgroup bench BUNDLE                   how fast is it?
+    """
+    # So that a terminated run cleans up after itself as an interrupted one does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@main.command()
+@click.argument("path", type=ExistingPath)
+@_reading_options
+@_json_option
+@_errors_are_messages
+def inspect(path: Path, as_json: bool, **reading: Any) -> None:
+    """Show the groups that a CHECKPOINT or BUNDLE has learned, layer by layer."""
+    from foldgroup.inspection import inspect as run
+    from foldgroup.report.tables import inspection_table
+
+    inspection = run(path, **reading)
+    _show(inspection.as_dict() if as_json else inspection_table(inspection))
+
+
+@main.command()
+@click.argument("checkpoint", type=ExistingPath)
+@click.option(
+    "-o", "--output", type=ExistingPath, help="Bundle to write.  [default: <checkpoint's stem>.foldgroup here]"
+)
+@_reading_options
+@click.option("--input-size", type=click.IntRange(1), help="Height and width of the input.  [default: as trained]")
+@click.option("--batch", type=click.IntRange(1), help="Fix the batch.  [default: dynamic]")
+@click.option(
+    "--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of the emitted model."
+)
+@click.option(
+    "--gpu", help="Compute capabilities of the engine, such as sm80,sm89,sm120.  [default: the builder's own]"
+)
+@click.option("--no-engine", is_flag=True, help="Leave the TensorRT-RTX engine out.")
+@click.option("--dump-passes", type=ExistingPath, help="Write the graph after every pass to this folder, as text.")
+@click.option("--check-passes", is_flag=True, help="Prove and run the graph after every pass.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@_json_option
+@_errors_are_messages
+def compile(checkpoint: Path, gpu: str | None, no_engine: bool, precision: str, as_json: bool, **options: Any) -> None:
+    """Compile CHECKPOINT into a bundle: ONNX model, TensorRT engine, proof and manifest."""
+    from foldgroup.report.tables import compile_summary
+
+    if gpu and no_engine:
+        raise click.UsageError("--gpu says what the engine is for, --no-engine leaves it out: give one of them")
+    names = [name.strip() for name in gpu.split(",") if name.strip()] if gpu else []
+    with _progress("compile") as step:
+        from foldgroup.compiler import compile as run
+
+        bundle = run(checkpoint, gpu=names, engine=not no_engine, on_step=step, **options)
+    _show(bundle.manifest if as_json else compile_summary(bundle))
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, type=ExistingPath, metavar="[CHECKPOINT] BUNDLE")
+@click.option("--data", type=ExistingPath, help="Folder of labelled images, one sub-folder per class.")
+@_json_option
+@_errors_are_messages
+def verify(paths: tuple[Path, ...], data: Path | None, as_json: bool) -> None:
+    """Check that BUNDLE is the network that was trained; against CHECKPOINT itself if it is at hand."""
+    from foldgroup.report.tables import verification_table
+
+    if len(paths) > 2:
+        raise click.UsageError("give a bundle, or a checkpoint and a bundle")
+    with _progress("verify") as step:
+        from foldgroup.verifier import verify as run
+
+        verification = run(paths[-1], paths[0] if len(paths) == 2 else None, data=data, on_step=step)
+    _show(verification.as_dict() if as_json else verification_table(verification))
+    if not verification:
+        failed = [check.name for check in verification.checks if not check.passed]
+        raise EquivalenceError(f"{paths[-1]}: failed: {', '.join(failed)}")
+
+
+@main.command()
+@click.argument("bundle", type=ExistingPath)
+@click.option("--against", multiple=True, help="A torchvision network, such as resnext50_32x4d; repeatable.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads inside one operation.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images at a time.")
+@click.option("--seconds", type=click.FloatRange(1), default=60, show_default=True, help="Time to spend, at most.")
+@click.option("--json", "json_file", type=ExistingPath, help="Also write the results here; - for standard output only.")
+@_errors_are_messages
+def bench(
+    bundle: Path, against: tuple[str, ...], threads: int, batch: int, seconds: float, json_file: Path | None
+) -> None:
+    """Measure BUNDLE against its training form and known networks, interleaved in one run."""
+    from foldgroup.report.tables import benchmark_table
+
+    with _progress("bench") as step:
+        from foldgroup.benchmarking import benchmark as run
+
+        report = run(bundle, against, threads=threads, batch=batch, max_seconds=seconds, on_step=step)
+    if json_file is not None and str(json_file) != "-":
+        try:
+            json_file.write_text(json.dumps(report.as_dict(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise click.UsageError(f"{json_file}: cannot be written ({error.strerror})") from error
+    _show(report.as_dict() if str(json_file) == "-" else benchmark_table(report))
+
+
+@main.command()
+@click.argument("bundle", type=ExistingPath)
+@_errors_are_messages
+def explain(bundle: Path) -> None:
+    """Tell what each pass did to BUNDLE, and why it left what it left."""
+    from foldgroup.bundle import read_bundle
+    from foldgroup.report.tables import explain_report
+
+    _show(explain_report(read_bundle(bundle)))
+
+
+@main.command()
+@click.argument("checkpoint", type=ExistingPath)
+@_reading_options
+@click.option("--input-size", type=click.IntRange(1), help="Height and width of the input.  [default: as trained]")
+@_errors_are_messages
+def bisect(checkpoint: Path, input_size: int | None, **reading: Any) -> None:
+    """Name the first pass after which the network is no longer the trained one."""
+    with _progress("bisect") as step:
+        from foldgroup.compiler import bisect as run
+
+        guilty = run(checkpoint, input_size=input_size, on_step=step, **reading)
+    if guilty is None:
+        click.echo("Every pass keeps the network equal to the trained one.")
+        return
+    raise EquivalenceError(f"the first pass whose result differs is {guilty.name}: {guilty.error}")
+
+
+@main.command()
+@click.argument("folder", type=ExistingPath)
+@click.option("-o", "--output", type=ExistingPath, required=True, help="Checkpoint to write.")
+@click.option("--arch", required=True, help="Network to train, such as g_resnext50 or g_resnext17_cifar.")
+@click.option(
+    "--complexity",
+    type=click.FloatRange(1),
+    required=True,
+    help="b: the budget is as many ones as b uniform groups leave.",
+)
+@click.option("--epochs", type=click.IntRange(1), default=90, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=0.1, show_default=True)
+@click.option("--weight-decay", type=click.FloatRange(0), default=1e-4, show_default=True, help="Not applied to gates.")
+@click.option(
+    "--input-size", type=click.IntRange(8), default=224, show_default=True, help="Height and width of the input."
+)
+@click.option(
+    "--holdout",
+    type=click.FloatRange(0, 0.9, min_open=True),
+    default=0.1,
+    show_default=True,
+    help="Share of the images held out to choose the epoch to keep.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that load images.")
+@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--resume", is_flag=True, help="Go on from <OUTPUT>.state.")
+@_errors_are_messages
+def train(folder: Path, output: Path, resume: bool, **settings: Any) -> None:
+    """Train a groupable network on FOLDER, which has one sub-folder of images per class."""
+    from foldgroup.report.training import TrainingDisplay
+    from foldgroup.train import TrainConfig
+    from foldgroup.train import train as run
+
+    with TrainingDisplay(settings["epochs"]) as display:
+        config = TrainConfig(**settings)
+        best = run(folder, output, config, resume=resume, on_step=display.step, on_epoch=display.epoch)
+    click.echo(
+        f"{output}: epoch {best.epoch}, {best.holdout_accuracy:.2f} % on held-out images, "
+        f"ζ/o {best.zeta_over_budget:.3f}, groups {' '.join(map(str, best.groups))}"
+    )
+    if best.zeta_over_budget > 1:
+        click.echo("Warning: ζ > o, the budget is not met; train longer or with a lower --complexity", err=True)
+
+
+@contextmanager
+def _progress(verb: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with the last finished step on a terminal; silent elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(f"{verb}: starting") as status:
+        yield lambda step: status.update(f"{verb}: {step} done")
+
+
+def _show(result: Any) -> None:
+    """Print a JSON document, or something for people."""
+    if isinstance(result, dict):
+        click.echo(json.dumps(result, indent=1, sort_keys=True, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(result)
+
+
+if __name__ == "__main__":
+    main()

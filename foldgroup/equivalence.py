@@ -1,0 +1,190 @@
+"""Is the compiled network the trained one? Three tiers, from proof to measurement.
+
+1. **Certificate** (:mod:`foldgroup.certificate`): exact, no tolerance.
+2. **float64**: both graphs run in float64 on the same inputs; max |error| ≤ 1e-9 of max |output|.
+3. **Per runtime and precision**: a runtime's outputs against the float64 reference of the training form, by
+   :class:`ErrorStatistics` and the limits in :data:`LIMITS`.
+
+Errors are relative to the largest |reference| over the batch, so that one number bounds every logit and does not depend on
+how the network scales its outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx
+
+from foldgroup.certificate import Certificate, certify
+from foldgroup.errors import EquivalenceError
+from foldgroup.pipeline import Check
+from foldgroup.trace import evaluate, shape_of
+
+Array = npt.NDArray[Any]
+
+FLOAT64_LIMIT = 1e-9
+"""Tier 2: greatest error in float64, relative to the largest output."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a tier allows: errors relative to the largest |reference|, agreement as a share of the images."""
+
+    max_error: float
+    median_error: float
+    top1_agreement: float
+
+
+LIMITS: Mapping[str, Limits] = {
+    # float32 rounds to 6e-8; some hundred layers of sums of some thousand products leave about 1e-6 in practice.
+    "fp32": Limits(max_error=1e-4, median_error=1e-5, top1_agreement=0.999),
+}
+"""Tier 3, by precision."""
+
+
+@dataclass(frozen=True)
+class ErrorStatistics:
+    """How far outputs [N, classes] are from a float64 reference, relative to the largest |reference|.
+
+    ``max_error`` is also the smallest tolerance that would have passed. ``top1_agreement`` is the share of the N images
+    whose largest logit is the same.
+    """
+
+    images: int
+    max_error: float
+    p99_error: float
+    median_error: float
+    top1_agreement: float
+
+    @classmethod
+    def of(cls, outputs: Array, reference: Array) -> ErrorStatistics:
+        """Compare two arrays of one shape [N, classes].
+
+        Raises:
+            EquivalenceError: if the shapes differ or the outputs are not finite.
+        """
+        if outputs.shape != reference.shape:
+            raise EquivalenceError(f"outputs of shape {outputs.shape} for a reference of shape {reference.shape}")
+        if not np.isfinite(outputs).all():
+            raise EquivalenceError(f"{np.count_nonzero(~np.isfinite(outputs))} outputs are infinite or not a number")
+        scale = float(np.abs(reference).max()) or 1.0
+        errors = np.abs(outputs.astype(np.float64) - reference) / scale
+        return cls(
+            images=len(reference),
+            max_error=float(errors.max()),
+            p99_error=float(np.percentile(errors, 99)),
+            median_error=float(np.median(errors)),
+            top1_agreement=float((outputs.argmax(1) == reference.argmax(1)).mean()),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``verification.json``."""
+        return {**asdict(self), "smallest_passing_tolerance": self.max_error}
+
+
+@dataclass(frozen=True)
+class TierResult:
+    """One check of tier 3; truthy if it passed. ``images`` names what it ran on, ``runtime`` and ``precision`` how."""
+
+    name: str
+    statistics: ErrorStatistics
+    limits: Limits
+
+    @property
+    def violations(self) -> tuple[str, ...]:
+        """Each limit that was exceeded, in words."""
+        seen, allowed = self.statistics, self.limits
+        checks = (
+            (seen.max_error > allowed.max_error, f"max error {seen.max_error:.2e} > {allowed.max_error:.0e}"),
+            (
+                seen.median_error > allowed.median_error,
+                f"median error {seen.median_error:.2e} > {allowed.median_error:.0e}",
+            ),
+            (
+                seen.top1_agreement < allowed.top1_agreement,
+                f"top-1 agreement {seen.top1_agreement:.2%} < {allowed.top1_agreement:.2%}",
+            ),
+        )
+        return tuple(text for exceeded, text in checks if exceeded)
+
+    def __bool__(self) -> bool:
+        return not self.violations
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``verification.json``."""
+        return {**self.statistics.as_dict(), "limits": asdict(self.limits), "passed": bool(self)}
+
+
+def seeded_inputs(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Normal float32 inputs [N, C, H, W], the same on every machine."""
+    values = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(values)
+
+
+def float64_error(reference: Tensor, compiled: fx.GraphModule, inputs: Tensor) -> float:
+    """Tier 2: max |error| of ``compiled`` in float64 relative to max |reference|, the training form's outputs."""
+    return _relative_error(evaluate(compiled, inputs)["output"], reference)
+
+
+def pass_check(training: fx.GraphModule, inputs: Tensor) -> Check:
+    """A check for the pipeline: the certificate, then float64 outputs against those of ``training`` on ``inputs``."""
+    reference = evaluate(training, inputs)["output"]
+
+    def check(graph: fx.GraphModule) -> str | None:
+        certificate = certify(training, graph)
+        error = _relative_error(evaluate(graph, inputs)["output"], reference)
+        findings = [] if certificate.holds else [f"certificate: {certificate.failure}"]
+        if not error <= FLOAT64_LIMIT:
+            findings.append(f"float64 error {error:.1e} > {FLOAT64_LIMIT:.0e}")
+        return "; ".join(findings) or None
+
+    return check
+
+
+def layer_errors(
+    training: fx.GraphModule, compiled: fx.GraphModule, certificate: Certificate, inputs: Tensor
+) -> dict[str, float]:
+    """For every node of ``compiled`` with a claim: its float64 error against the training node it stands for.
+
+    The training value is put in the claimed order first; errors are relative to that node's largest value.
+    """
+    ours = evaluate(compiled, inputs, keep=True)
+    theirs = evaluate(training, inputs, keep=True)
+    errors = {}
+    for name, (source, order) in certificate.claims.items():
+        if name in ours and source in theirs:
+            reference = theirs[source] if order is None else theirs[source][:, order.index]
+            errors[name] = _relative_error(ours[name], reference)
+    return errors
+
+
+def first_layer_over(errors: Mapping[str, float], limit: float) -> str | None:
+    """The first layer, in the order of the network, whose error exceeds ``limit``."""
+    return next((name for name, error in errors.items() if not error <= limit), None)
+
+
+def runtime_layer_errors(graph: fx.GraphModule, values: Mapping[str, Array], inputs: Tensor) -> dict[str, float]:
+    """Errors of a runtime's intermediate ``values``, named after layers, against ``graph`` in float64.
+
+    Relative to each layer's largest value; layers that the runtime did not return are left out.
+    """
+    reference = evaluate(graph, inputs, keep=True)
+    errors = {}
+    for node in graph.graph.nodes:
+        name = str(node.target)
+        if node.op == "call_module" and name in values and shape_of(node):
+            errors[name] = _relative_error(torch.from_numpy(np.asarray(values[name])), reference[node.name])
+    return errors
+
+
+def _relative_error(value: Tensor, reference: Tensor) -> float:
+    if value.shape != reference.shape:
+        return float("inf")
+    scale = float(reference.abs().max()) or 1.0
+    error = float((value.double() - reference).abs().max()) / scale
+    return error if error == error else float("inf")  # a NaN is no agreement

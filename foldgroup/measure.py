@@ -1,0 +1,331 @@
+"""What a network costs: multiply-adds, parameters, time and memory, and the machine they were measured on.
+
+**Costs** are counted from a graph whose nodes carry shapes. A convolution makes H_out·W_out·C_out results per image and
+each takes kH·kW·C_in/G multiply-adds; a transposed one spends kH·kW·C_out/G on each of its H_in·W_in·C_in inputs; a
+linear layer spends C_in on each result. MACs are always for one image; FLOPs = 2·MACs.
+
+**Time.** A machine drifts: its clock, its temperature and its other work change within seconds, often by more than the
+difference sought. Measuring one network after another mistakes that drift for a difference. So every round runs each
+subject once, in a fresh random order: what slows one subject in a round tends to slow the others, and no subject always
+follows the same one. Round i gives the pair (a_i, b_i), and the ratio reported is
+
+    r = median(a) / median(b).
+
+Its interval is a paired bootstrap: draw as many rounds with replacement, keep both times of every round drawn, compute
+r again, do so 2000 times and take the middle 95 % (on a log scale, so that swapping a and b inverts the interval). It
+says how far r would move if the run were repeated under the same conditions; drift that the subjects share cancels.
+It assumes that one round's difference tells nothing about the next one's, and it says nothing about another machine,
+nor about a subject that gets in another's way. An interval that contains 1 shows no difference.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import math
+import os
+import platform
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import fx, nn
+
+from foldgroup.errors import TraceError
+from foldgroup.nn.dgconv import DGConv2d
+
+RESAMPLES = 2000
+"""Bootstrap resamples behind every interval."""
+
+_CountedLayer = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one call of a layer costs for one image.
+
+    A layer called twice has two entries, and its parameters stand in both. ``groups`` of a DGConv2d is 1: as trained,
+    it pays for the dense kernel. ``params`` leaves its gates out.
+    """
+
+    name: str
+    kind: Literal["conv", "conv_transpose", "linear"]
+    in_channels: int
+    out_channels: int
+    groups: int
+    macs: int
+    params: int
+
+
+def layer_costs(graph: fx.GraphModule) -> tuple[LayerCost, ...]:
+    """Every call of a Conv2d, ConvTranspose2d or Linear layer in ``graph``, in the order they run.
+
+    Nodes carry their shape in ``meta["shape"]`` (batch first), as :func:`foldgroup.trace.trace` leaves them. Only
+    layers count: normalisation, pooling, additions and functional calls do not.
+
+    Raises:
+        TraceError: if a shape that is needed is missing.
+    """
+    costs = []
+    for node in graph.graph.nodes:
+        layer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, _CountedLayer):
+            costs.append(_layer_cost(node, layer))
+    return tuple(costs)
+
+
+def _layer_cost(node: fx.Node, layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> LayerCost:
+    name = str(node.target)
+    params = sum(p.numel() for key, p in layer.named_parameters() if not _is_gate(layer, key))
+    if isinstance(layer, nn.Linear):
+        macs = math.prod(_shape(node)[1:]) * layer.in_features
+        return LayerCost(name, "linear", layer.in_features, layer.out_features, 1, macs, params)
+    # weight is [C_out, C_in/G, kH, kW]; that of a transposed convolution [C_in, C_out/G, kH, kW]
+    transposed = isinstance(layer, nn.ConvTranspose2d)
+    positions = _shape(node.all_input_nodes[0] if transposed else node)[2:]
+    macs = math.prod(positions) * layer.weight.numel()
+    kind: Literal["conv", "conv_transpose"] = "conv_transpose" if transposed else "conv"
+    return LayerCost(name, kind, layer.in_channels, layer.out_channels, layer.groups, macs, params)
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    shape: tuple[int, ...] | None = node.meta.get("shape")
+    if not shape:
+        raise TraceError(f"node {node.name} has no shape: call foldgroup.trace.attach_shapes on the graph first")
+    return shape
+
+
+def _is_gate(module: nn.Module, parameter: str) -> bool:
+    return isinstance(module, DGConv2d) and parameter == "gate"
+
+
+def macs(graph: fx.GraphModule) -> int:
+    """Multiply-adds of one image through all layers of ``graph``; FLOPs are twice that.
+
+    Raises:
+        TraceError: if a shape that is needed is missing.
+    """
+    return sum(cost.macs for cost in layer_costs(graph))
+
+
+def grouped_macs(costs: Iterable[LayerCost]) -> int:
+    """Multiply-adds of one image in layers with more than one group."""
+    return sum(cost.macs for cost in costs if cost.groups > 1)
+
+
+def params(graph: fx.GraphModule) -> int:
+    """Parameters that ``graph`` uses, each counted once however often it is used.
+
+    Gates of DGConv2d are left out: they end as a few bits, which the paper discards after training.
+    """
+    return sum(parameter.numel() for parameter in {id(p): p for p in _parameters(graph)}.values())
+
+
+def _parameters(graph: fx.GraphModule) -> Iterator[nn.Parameter]:
+    """The parameters of every layer that a node calls or reads; what no node reaches is no part of the network."""
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            for module in graph.get_submodule(str(node.target)).modules():
+                yield from (p for key, p in module.named_parameters(recurse=False) if not _is_gate(module, key))
+        elif node.op == "get_attr":
+            owner, _, key = str(node.target).rpartition(".")
+            value = getattr(graph.get_submodule(owner), key)
+            if isinstance(value, nn.Parameter):
+                yield value
+
+
+@dataclass(frozen=True)
+class LatencyStats:
+    """One subject's times: percentiles by linear interpolation; ``cv`` is the standard deviation over the mean."""
+
+    median_ms: float
+    p90_ms: float
+    p99_ms: float
+    mean_ms: float
+    cv: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two median times, numerator over denominator, with the interval ``low`` to ``high`` around it.
+
+    Above 1 the numerator takes longer, so baseline over candidate is the candidate's speed-up.
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+
+    @property
+    def verdict(self) -> Literal["faster", "slower", "no difference beyond the noise"]:
+        """How the numerator compares with the denominator; an interval that contains 1 shows no difference."""
+        if self.high < 1:
+            return "faster"
+        return "slower" if self.low > 1 else "no difference beyond the noise"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Times of subjects that ran interleaved, in ms by name; entry i of each is from round i.
+
+    Raises:
+        ValueError: if there are no times, a time is not positive and finite, or the subjects differ in rounds.
+    """
+
+    samples: Mapping[str, tuple[float, ...]]
+
+    def __post_init__(self) -> None:
+        """Refuse samples that are not paired."""
+        if not self.samples or len({len(times) for times in self.samples.values()}) != 1:
+            raise ValueError("every subject needs a time for every round")
+        if not all(times and all(0 < t < math.inf for t in times) for times in self.samples.values()):
+            raise ValueError("a time is a positive, finite number of milliseconds")
+
+    def stats(self, name: str) -> LatencyStats:
+        """Statistics of one subject's times in ms."""
+        times = np.asarray(self.samples[name])
+        median, p90, p99 = (float(q) for q in np.quantile(times, (0.5, 0.9, 0.99)))
+        mean = float(times.mean())
+        return LatencyStats(median, p90, p99, mean, float(times.std()) / mean, len(times))
+
+    def throughput(self, name: str, batch: int) -> float:
+        """Images per second at the median time of a call that takes ``batch`` images."""
+        return batch * 1000 / float(np.median(self.samples[name]))
+
+    def ratio(self, numerator: str, denominator: str, confidence: float = 0.95, seed: int = 0) -> Ratio:
+        """median(numerator) / median(denominator) with its paired bootstrap interval (see the top of this module).
+
+        The same samples and seed give the same interval, and it always contains the value.
+
+        Raises:
+            ValueError: if ``confidence`` does not lie between 0 and 1.
+        """
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence {confidence} does not lie between 0 and 1")
+        a, b = np.asarray(self.samples[numerator]), np.asarray(self.samples[denominator])
+        drawn = np.random.default_rng(seed).integers(len(a), size=(RESAMPLES, len(a)))
+        logs: npt.NDArray[np.float64] = np.log(np.median(a[drawn], axis=1)) - np.log(np.median(b[drawn], axis=1))
+        tail = (1 - confidence) / 2
+        low, high = (float(q) for q in np.exp(np.quantile(logs, (tail, 1 - tail))))
+        value = float(np.median(a) / np.median(b))
+        return Ratio(value, min(low, value), max(high, value), confidence)
+
+
+def interleave(
+    subjects: Mapping[str, Callable[[], object]],
+    *,
+    warmup: int = 3,
+    min_rounds: int = 20,
+    max_rounds: int = 1000,
+    max_seconds: float = 60,
+    seed: int = 0,
+    on_round: Callable[[int], None] | None = None,
+) -> Measurement:
+    """Time every subject once a round, each round in a fresh order drawn from ``seed``.
+
+    Only the call itself is timed, with the garbage collector off. After ``warmup`` calls of each subject, rounds go on
+    until ``max_seconds`` have passed, but for at least ``min_rounds`` and at most ``max_rounds``. ``on_round`` is told
+    the number of rounds done. A call shorter than the clock's step counts as 1 ns.
+
+    Raises:
+        ValueError: if there is no subject, or no number of rounds satisfies both bounds.
+        Exception: whatever a subject or ``on_round`` raises.
+    """
+    if not subjects:
+        raise ValueError("nothing to measure: give at least one subject")
+    if not 1 <= min_rounds <= max_rounds:
+        raise ValueError(f"cannot run at least {min_rounds} and at most {max_rounds} rounds")
+    for call in subjects.values():
+        for _ in range(warmup):
+            call()
+    samples: dict[str, list[float]] = {name: [] for name in subjects}
+    order = list(subjects)
+    shuffle = random.Random(seed).shuffle
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        began = perf_counter_ns()
+        for done in range(1, max_rounds + 1):
+            shuffle(order)
+            for name in order:
+                call = subjects[name]
+                start = perf_counter_ns()
+                result = call()
+                elapsed = perf_counter_ns() - start
+                del result  # here, or releasing it would be timed with the next call
+                samples[name].append(max(elapsed, 1) / 1e6)
+            if on_round is not None:
+                on_round(done)
+            if done >= min_rounds and perf_counter_ns() - began >= max_seconds * 1e9:
+                break
+    finally:
+        if collected:
+            gc.enable()
+    return Measurement({name: tuple(times) for name, times in samples.items()})
+
+
+def machine() -> dict[str, str | int | float | list[str] | None]:
+    """The machine and the versions behind a result; no host name, user or path. None stands for what is not known.
+
+    ``isa`` lists the vector and matrix extensions that matter to convolutions; ``usable_cores`` are those this process
+    may run on.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    model, isa = _parse_cpuinfo(cpuinfo.read_text() if cpuinfo.is_file() else "")
+    return {
+        "processor": model or platform.processor() or platform.machine(),
+        "logical_cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "isa": isa,
+        "memory_gib": _memory_gib(),
+        # A kernel's local suffix may carry the name of its builder or of the machine.
+        "os": f"{platform.system()} {platform.release().partition('-')[0]}",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "onnxruntime": _version("onnxruntime-gpu") or _version("onnxruntime"),
+    }
+
+
+def _parse_cpuinfo(text: str) -> tuple[str, list[str]]:
+    """Processor model and relevant flags from the text of /proc/cpuinfo on x86 or ARM."""
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    x86 = {"avx2", "fma", "avx_vnni", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni"}
+    arm = {"asimd", "asimdhp", "asimddp", "sve", "sve2", "bf16", "i8mm"}
+    return fields.get("model name", ""), sorted(f for f in set(flags) if f in x86 | arm or f.startswith("amx_"))
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):  # not POSIX, or a system that does not tell
+        return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def peak_memory_bytes() -> int | None:
+    """The most memory this process has held resident so far, in bytes; None on Windows, which has no such call."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, the others KiB

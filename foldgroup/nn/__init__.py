@@ -1,0 +1,29 @@
+"""What people train: the DGConv layer, networks made of it, and the complexity that training keeps in budget."""
+
+from foldgroup.nn.complexity import budget, complexity, complexity_penalty
+from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.nn.resnext import (
+    BottleneckConfig,
+    GroupableResNet,
+    StageConfig,
+    g_resnext17_cifar,
+    g_resnext29_cifar,
+    g_resnext50,
+    g_resnext101,
+    g_resnext101_32x8d,
+)
+
+__all__ = [
+    "BottleneckConfig",
+    "DGConv2d",
+    "GroupableResNet",
+    "StageConfig",
+    "budget",
+    "complexity",
+    "complexity_penalty",
+    "g_resnext17_cifar",
+    "g_resnext29_cifar",
+    "g_resnext50",
+    "g_resnext101",
+    "g_resnext101_32x8d",
+]

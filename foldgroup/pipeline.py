@@ -1,0 +1,288 @@
+"""Passes and the pipeline that runs them: order, checks, records, dumps, bisect.
+
+A pass is a function Graph → Graph with a name and reasons. What the pipeline says of it is derived, not self-reported:
+whether it changed the graph (from a structural fingerprint), whether it wrote into a tensor it was given (from tensor
+versions), whether the graph is well formed and of the stage promised, and, on request, whether its result is still the
+trained network (from the certificate and from float64 outputs).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from importlib.metadata import entry_points
+from typing import ClassVar, Literal
+
+from torch import Tensor, fx
+
+from foldgroup.errors import EquivalenceError, PassError
+from foldgroup.forms import ChannelShuffle, MaskedConv2d
+from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.trace import attach_shapes, called_module, shape_of
+
+ENTRY_POINTS = "foldgroup.passes"
+"""Entry-point group under which other packages offer passes to insert."""
+
+
+class Stage(IntEnum):
+    """How far a graph has come; each stage forbids what earlier ones allow."""
+
+    TRAINING = 0
+    """DGConv2d: gates not read."""
+    DECODED = 1
+    """No DGConv2d: masks are constants."""
+    SHUFFLE = 2
+    """No MaskedConv2d: grouped convolutions between channel shuffles."""
+    FOLDED = 3
+    """The shuffles that are left are left for a reason."""
+
+
+_FORBIDDEN = {
+    Stage.DECODED: (DGConv2d,),
+    Stage.SHUFFLE: (DGConv2d, MaskedConv2d),
+    Stage.FOLDED: (DGConv2d, MaskedConv2d),
+}
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a pass did at a node, or why it left it."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShuffleEntry:
+    """What became of one inserted shuffle."""
+
+    node: str
+    channels: int
+    fate: Literal["absorbed", "cancelled", "kept"]
+    reason: str
+    """The layers that took it up, the shuffles it met, or why it stays."""
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass returns: a new graph, what it rewrote and what it left, each with the node and the reason."""
+
+    graph: fx.GraphModule
+    rewrites: tuple[Note, ...] = ()
+    skips: tuple[Note, ...] = ()
+    ledger: tuple[ShuffleEntry, ...] = ()
+
+
+class Pass(ABC):
+    """One rewriting of the graph.
+
+    ``run`` is functional: it returns a new GraphModule (start from :func:`foldgroup.trace.fork`), makes new submodules
+    for what it changes, shares the rest and writes into no tensor. A node it makes or changes carries in
+    ``meta["origin"]`` the node of the training form it stands for and, if a weight writes its channels in another order
+    than the training form, that order in ``meta["out_order"]``.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[Stage] = Stage.TRAINING
+    gives: ClassVar[Stage | None] = None
+    """The stage of the result; None if the pass does not change it."""
+    before: ClassVar[str | None] = None
+    after: ClassVar[str | None] = None
+    """Where a pass from an entry point goes: the name of the pass it precedes or follows."""
+
+    @abstractmethod
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        """Rewrite ``graph``."""
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What the pipeline saw of one pass. ``seconds`` is wall time; ``error`` is None unless passes are checked."""
+
+    name: str
+    stage: Stage
+    changed: bool
+    rewrites: tuple[Note, ...]
+    skips: tuple[Note, ...]
+    ledger: tuple[ShuffleEntry, ...]
+    nodes: int
+    seconds: float
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """The last graph and the record of every pass."""
+
+    graph: fx.GraphModule
+    records: tuple[PassRecord, ...]
+
+    @property
+    def ledger(self) -> tuple[ShuffleEntry, ...]:
+        """What became of every shuffle inserted."""
+        return tuple(entry for record in self.records for entry in record.ledger)
+
+
+Check = Callable[[fx.GraphModule], str | None]
+"""Compares a graph with the training form: None if equal, else what differs."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """An ordered list of passes; change it with :meth:`insert`, :meth:`replace` and :meth:`without`."""
+
+    passes: tuple[Pass, ...]
+
+    def insert(self, new: Pass, *, before: str | None = None, after: str | None = None) -> Pipeline:
+        """A pipeline with ``new`` next to the pass named.
+
+        Raises:
+            PassError: if neither or both are given, or there is no such pass.
+        """
+        if (before is None) == (after is None):
+            raise PassError(f"pass {new.name}: say either before or after which pass it goes")
+        at = self._index(before or after or "") + (after is not None)
+        return replace(self, passes=(*self.passes[:at], new, *self.passes[at:]))
+
+    def replace(self, name: str, new: Pass) -> Pipeline:
+        """A pipeline with ``new`` in the place of the pass ``name``."""
+        at = self._index(name)
+        return replace(self, passes=(*self.passes[:at], new, *self.passes[at + 1 :]))
+
+    def without(self, name: str) -> Pipeline:
+        """A pipeline that leaves out the pass ``name``."""
+        at = self._index(name)
+        return replace(self, passes=(*self.passes[:at], *self.passes[at + 1 :]))
+
+    def with_entry_points(self) -> Pipeline:
+        """A pipeline with the passes that installed packages offer under ``foldgroup.passes``, in order of name.
+
+        Raises:
+            PassError: if one cannot be loaded or does not say where it goes.
+        """
+        result = self
+        for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda p: p.name):
+            try:
+                new = point.load()()
+            except Exception as error:
+                raise PassError(f"entry point {point.name} ({point.value}) of {ENTRY_POINTS} fails: {error}") from error
+            result = result.insert(new, before=new.before, after=new.after)
+        return result
+
+    def run(
+        self,
+        graph: fx.GraphModule,
+        *,
+        check: Check | None = None,
+        stop_at_difference: bool = True,
+        on_pass: Callable[[PassRecord, fx.GraphModule], None] = lambda *_: None,
+    ) -> PipelineResult:
+        """Run every pass on ``graph``; with ``check``, compare after each.
+
+        Raises:
+            PassError: if a pass breaks its contract.
+            EquivalenceError: if a check finds a difference and ``stop_at_difference``.
+        """
+        records: list[PassRecord] = []
+        stage = Stage.TRAINING
+        for step in self.passes:
+            if stage < step.requires:
+                raise PassError(
+                    f"pass {step.name} needs a graph in stage {step.requires.name}, this one is {stage.name}"
+                )
+            start = time.perf_counter()
+            result = _run_checked(step, graph, step.gives or stage)
+            seconds = time.perf_counter() - start
+            stage = step.gives or stage
+            changed = fingerprint(result.graph) != fingerprint(graph)
+            difference = check(result.graph) if check else None
+            record = PassRecord(
+                step.name,
+                stage,
+                changed,
+                result.rewrites,
+                result.skips,
+                result.ledger,
+                len(result.graph.graph.nodes),
+                seconds,
+                difference,
+            )
+            records.append(record)
+            graph = result.graph
+            on_pass(record, graph)
+            if difference is not None and stop_at_difference:
+                raise EquivalenceError(f"after pass {step.name} the network is no longer the trained one: {difference}")
+        return PipelineResult(graph, tuple(records))
+
+    def _index(self, name: str) -> int:
+        for i, step in enumerate(self.passes):
+            if step.name == name:
+                return i
+        raise PassError(f"there is no pass {name!r}; there are {', '.join(step.name for step in self.passes)}")
+
+
+def first_difference(records: Sequence[PassRecord]) -> PassRecord | None:
+    """Bisect: the first checked pass whose result differs, or None."""
+    return next((record for record in records if record.error is not None), None)
+
+
+def _run_checked(step: Pass, graph: fx.GraphModule, gives: Stage) -> PassResult:
+    """Run one pass and hold it to its contract."""
+    versions = [(name, tensor, tensor._version) for name, tensor in _tensors(graph)]
+    text = dump(graph)
+    before = {node.name: (node.op, node.target, id(called_module(graph, node))) for node in graph.graph.nodes}
+    result = step.run(graph)
+    if dump(graph) != text or result.graph is graph:
+        raise PassError(f"pass {step.name} changed the graph it was given: start from foldgroup.trace.fork")
+    written = [name for name, tensor, version in versions if tensor._version != version]
+    if written:
+        raise PassError(f"pass {step.name} wrote into {written[0]}, which it was only given to read")
+    try:
+        result.graph.graph.lint()
+        result.graph.recompile()
+    except Exception as error:
+        raise PassError(f"pass {step.name} made a malformed graph: {error}") from error
+    for node in result.graph.graph.nodes:
+        module = called_module(result.graph, node)
+        if isinstance(module, _FORBIDDEN.get(gives, ())):
+            raise PassError(
+                f"pass {step.name} promises {gives.name} but leaves {node.target}, a {type(module).__name__}"
+            )
+        if before.get(node.name) != (node.op, node.target, id(module)):
+            node.meta["made_by"] = step.name
+    if any("shape" not in node.meta for node in result.graph.graph.nodes if node.op != "output"):
+        attach_shapes(result.graph, shape_of(next(iter(result.graph.graph.nodes))))
+    return result
+
+
+def _tensors(graph: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
+    yield from graph.named_parameters()
+    yield from graph.named_buffers()
+
+
+def fingerprint(graph: fx.GraphModule) -> str:
+    """A hash of the graph's structure and of which tensors it holds (their identity, not their values)."""
+    digest = hashlib.sha256(dump(graph).encode())
+    for name, tensor in _tensors(graph):
+        digest.update(f"{name} {tensor.data_ptr()} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+    return digest.hexdigest()
+
+
+def dump(graph: fx.GraphModule) -> str:
+    """The graph as stable text, one node a line: name, shape, operation, operands, and the pass that made it."""
+    lines = []
+    for node in graph.graph.nodes:
+        module = called_module(graph, node)
+        target = getattr(node.target, "__name__", node.target)
+        what = f"{node.target}: {module!r}" if module is not None else f"{node.op} {target}"
+        if isinstance(module, ChannelShuffle):
+            what += f" for {module.inserted_for}"
+        operands = ", ".join(map(str, (*node.args, *(f"{k}={v}" for k, v in node.kwargs.items()))))
+        made_by = f"  # {node.meta['made_by']}" if "made_by" in node.meta else ""
+        shape = "×".join(map(str, shape_of(node)))
+        lines.append(f"%{node.name} [{shape}] = {what} ({operands}){made_by}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,108 @@
+"""The face that all runtimes share: enter to load, run images, exit to release.
+
+::
+
+    with OnnxRuntimeRunner(Path("model.onnx"), threads=1) as runner:
+        logits = runner.run(images)         # [N, C, H, W] float32 → [N, classes]
+        print(runner.describe())            # what really ran
+
+A new runtime is a subclass with four short methods; what every runtime must refuse is refused here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from foldgroup.errors import RunnerError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Runner(ABC):
+    """A network loaded into one runtime. Building a runner is cheap; entering it loads or compiles the network.
+
+    A runner can be entered again after it was left, but not while it is open.
+    """
+
+    name: ClassVar[str]
+    """The runtime's short name."""
+
+    _open = False
+
+    def __enter__(self) -> Self:
+        """Load the network.
+
+        Raises:
+            RunnerError: if the runtime is missing or refuses the network, or if the runner is open already.
+        """
+        if self._open:
+            raise RunnerError(f"this {self.name} runner is open already: make a second one")
+        self._load()
+        self._open = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Release what :meth:`__enter__` loaded."""
+        self._open = False
+        self._release()
+
+    def run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+        """Logits [N, classes] of images [N, C, H, W]: float64 from a runner in float64, else float32.
+
+        Raises:
+            RunnerError: if the inputs are no float32 array of four axes, or if the network does not take their shape.
+        """
+        self._check_open()
+        if inputs.ndim != 4 or inputs.dtype != np.float32:
+            raise RunnerError(
+                f"{self.name} runner got inputs of type {inputs.dtype} and shape {list(inputs.shape)}: "
+                "give it float32 images of shape [N, C, H, W]"
+            )
+        return self._run(np.ascontiguousarray(inputs))
+
+    def describe(self) -> dict[str, str | int]:
+        """What really runs: ``runtime``, ``version``, ``provider``, ``threads`` and ``precision``.
+
+        Raises:
+            RunnerError: if the runner is not open.
+        """
+        self._check_open()
+        return {"runtime": self.name, **self._describe()}
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise RunnerError(f"this {self.name} runner is not open: use it inside 'with runner:'")
+
+    @abstractmethod
+    def _load(self) -> None:
+        """Load or compile the network."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Let go of what was loaded."""
+
+    @abstractmethod
+    def _run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+        """Run contiguous float32 inputs [N, C, H, W]."""
+
+    @abstractmethod
+    def _describe(self) -> dict[str, str | int]:
+        """All entries of :meth:`describe` but the runtime's name."""
+
+
+def import_runtime(module: str, package: str) -> Any:
+    """Import a runtime at the moment it is needed.
+
+    Raises:
+        RunnerError: if it cannot be imported; the message has the command that installs ``package``.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise RunnerError(f"cannot import {module} ({error}): run 'pip install {package}'") from error
