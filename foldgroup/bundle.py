@@ -13,8 +13,8 @@ golden.safetensors    inputs and the training form's float64 logits          ver
 verification.json     what was measured, and on which machine                –
 ====================  =====================================================  ==================
 
-Equal checkpoints and options give byte-equal files down to preprocessing.json. Engine builders are not deterministic and
-the last bits of float64 sums depend on the processor, so those files are outside that promise.
+Equal checkpoints and options give byte-equal files down to preprocessing.json. Engine builders are not deterministic
+and the last bits of float64 sums depend on the processor, so those files are outside that promise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from foldgroup.emit.onnx import MODEL
 from foldgroup.errors import BundleError, EquivalenceError
 
 SCHEMA = 1
@@ -57,7 +56,7 @@ class Bundle:
 
     @cached_property
     def passes(self) -> dict[str, Any]:
-        """``passes.json``: options and pass records."""
+        """``passes.json``: how the checkpoint was read, and what each pass did."""
         return _read_json(self.path / PASSES)
 
     @cached_property

@@ -1,23 +1,27 @@
 """The exactness certificate: a proof, without tolerance, that a graph computes the training form.
 
-The proof is a simulation. Walking the compiled graph in order, every node n is assigned a claim (t, p): *n holds the value
-of node t of the training form with its channels in order p*, n = t[:, p]. A claim is granted only if it follows from the
-claims of n's operands:
+The proof is a simulation. Walking the compiled graph in order, every node n is assigned a claim (t, p): *n holds the
+value of node t of the training form with its channels in order p*, n = t[:, p]. A claim is granted only if it follows
+from the claims of n's operands:
 
+* both graphs may be read as equations (:mod:`foldgroup.purity`), and n has the shape of t that tracing found;
+* an operation is that of its training node, with the same settings and arguments, on operands that claim the training
+  node's operands; identities and dropout in evaluation mode are their operand;
 * the network's input is the training form's, in order id;
 * ChannelShuffle by s of (t, p) gives (t, p · s);
-* an operation through which channels pass (:class:`foldgroup.channels.Through`) has operands with the claims its training
-  node's operands ask for, all in one order p, and gives (t, p); its per-channel tensors are those of t, indexed by p;
-* a convolution or linear layer with an operand in order p that writes order q has, entry for entry and bit for bit,
-  weight[o, i] = W[q[o], p[i]], where W is the training layer's kernel times the mask that its gates define by eq. 7,
-  and every training weight it leaves out is zero under that mask;
+* an operation through which channels pass (:class:`foldgroup.channels.Through`) has operands that are all in one order
+  p, and gives (t, p); its per-channel tensors are those of t, indexed by p;
+* a convolution of [N, C, H, W] or linear layer of [N, C] with an operand in order p that writes order q has, entry for
+  entry and bit for bit, weight[o, i] = W[q[o], p[i]], where W is the training layer's kernel times the mask that its
+  gates define by eq. 7, and every training weight it leaves out is zero under that mask;
 * a convolution that took in a batch norm stands for the norm's node, and its weights are those of the training form's
   convolution and norm, folded in float64;
 * any other operation (a barrier) has operands in order id, and so its result;
 * the network's output is the training form's, in order id.
 
-Weights are compared with ``torch.equal``, orders are permutations by construction, and no floating-point operation is
-relied on but the folding of batch norm, which is repeated from the checkpoint's own numbers. Nothing here calls a pass.
+Weights are compared with ``torch.equal`` (±0 are one number), orders are permutations by construction, and no
+floating-point operation is relied on but the folding of batch norm, which is repeated from the checkpoint's own
+numbers. Nothing here calls a pass.
 """
 
 from __future__ import annotations
@@ -31,10 +35,18 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from foldgroup.channel_order import ChannelOrder
-from foldgroup.channels import Mixes, Shuffles, Through, rule_of
+from foldgroup.channels import Through, rule_of
+from foldgroup.errors import ChannelOrderError
+from foldgroup.forms import ChannelShuffle, MaskedConv2d, settings
 from foldgroup.grouping import kronecker_mask
 from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.purity import impurity
 from foldgroup.trace import called_module, is_no_op, shape_of
+
+_WEIGHTED = (nn.Conv2d, MaskedConv2d, nn.Linear)
+_CONV_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice")
+_PLAIN = (bool, int, float, str, tuple, list, set, dict)
+"""Types whose values are the same setting if they are equal; others must be the same object."""
 
 
 @dataclass
@@ -81,22 +93,27 @@ def certify(training: fx.GraphModule, compiled: fx.GraphModule) -> Certificate:
 
     ``compiled`` may be the result of any pass; both come from one :func:`foldgroup.trace.trace`.
     """
-    certificate = Certificate()
+    certificate = Certificate(failure=impurity(training) or impurity(compiled))
+    if not certificate.holds:
+        return certificate
     sources = {node.name: node for node in training.graph.nodes}
     claims: dict[fx.Node, _Claim] = {}
     for node in compiled.graph.nodes:
         try:
             if node.op == "output":
                 _check_output(node, sources, claims)
-                break
+                return certificate
             claim = _grant(training, compiled, node, sources, claims, certificate)
-        except _Refuted as refuted:
+            noted, true = shape_of(node), shape_of(claim.node)
+            _require(noted == true, f"its shape is noted as {noted} for {true}")
+        except (_Refuted, ChannelOrderError) as refuted:
             certificate.failure = f"{node.target if node.op == 'call_module' else node.name}: {refuted}"
-            break
+            return certificate
         claims[node] = claim
         certificate.claims[node.name] = (claim.node.name, claim.order)
         certificate.nodes += 1
         certificate.orders += int(claim.order is not None and not claim.order.is_identity)
+    certificate.failure = "the graph has no output"
     return certificate
 
 
@@ -109,54 +126,60 @@ def _grant(
     certificate: Certificate,
 ) -> _Claim:
     """The claim of ``node``, if it follows from those of its operands."""
-    rule = rule_of(compiled, node)
-    if isinstance(rule, Shuffles):
-        given = claims[rule.operand]
-        _require(given.order is not None, "it shuffles a value without channels")
-        return _Claim(given.node, given.order.then(rule.order))  # type: ignore[union-attr]
+    module = called_module(compiled, node)
+    if type(module) is ChannelShuffle:
+        (given,) = (claims[operand] for operand in node.all_input_nodes)
+        return _Claim(given.node, _order_of(given).then(_carried_out(module)))
     source = sources.get(node.meta.get("origin", ""))
     if source is None:
         raise _Refuted("it stands for no node of the training form")
-    layer, norm = _conv_and_norm(training, compiled, node, source)
-    _check_operands(node, layer or source, claims)
-    orders = [claims[operand].order for operand in node.all_input_nodes]
-    module = called_module(compiled, node)
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        conv_source = layer or source
-        original = called_module(training, conv_source)
-        before = orders[0] or ChannelOrder.identity(shape_of(conv_source.all_input_nodes[0])[1])
-        channels = shape_of(source)[1]
-        stays = before if isinstance(rule, Through) else ChannelOrder.identity(channels)
+    rule = rule_of(compiled, node)
+    if type(module) in _WEIGHTED and len(shape_of(source)) == (2 if type(module) is nn.Linear else 4):
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        conv, norm = _conv_and_norm(training, source)
+        _check_operands(node, conv, claims)
+        (before,) = (_order_of(claims[operand]) for operand in node.all_input_nodes)
+        stays = before if isinstance(rule, Through) else ChannelOrder.identity(shape_of(source)[1])
         after = stays if isinstance(rule, Through) else node.meta.get("out_order", stays)
-        _require(original is not None and len(after) == channels, f"an order of {len(after)} channels for {channels}")
-        if isinstance(rule, Mixes | Through) or isinstance(module, nn.Conv2d):
-            _check_weights(module, original, norm, before, after, certificate)  # type: ignore[arg-type]
-            return _Claim(source, after)
+        _check_weights(module, called_module(training, conv), norm, before, after, certificate)
+        return _Claim(source, after)
+    _check_operands(node, source, claims)
     if isinstance(rule, Through):
-        carried = {order.source for order in (claims[o].order for o in rule.operands) if order is not None}
+        carried = {_order_of(claims[operand]) for operand in rule.operands}
         _require(len(carried) == 1, "its operands are in different channel orders")
-        order = next(claims[o].order for o in rule.operands)
+        (order,) = carried
         _check_module(called_module(training, source), module, order if rule.carries else None)
         return _Claim(source, order)
-    _require(all(o is None or o.is_identity for o in orders), "its operands are not in their original channel order")
+    in_order = all(order is None or order.is_identity for order in (claims[o].order for o in node.all_input_nodes))
+    _require(in_order, "its operands are not in their original channel order")
     _check_module(called_module(training, source), module, None)
     if node.op == "get_attr":
-        same = torch.equal(_attribute(compiled, node), _attribute(training, source))
+        same = _equal(_attribute(compiled, node), _attribute(training, source))
         _require(same, "its tensor differs from the training form's")
-    channels = shape_of(node)[1] if len(shape_of(node)) >= 2 else None
-    return _Claim(source, None if channels is None else ChannelOrder.identity(channels))
+    has_channels = len(shape_of(source)) >= 2
+    return _Claim(source, ChannelOrder.identity(shape_of(source)[1]) if has_channels else None)
 
 
-def _conv_and_norm(
-    training: fx.GraphModule, compiled: fx.GraphModule, node: fx.Node, source: fx.Node
-) -> tuple[fx.Node | None, nn.BatchNorm2d | None]:
-    """For a convolution that stands for a batch norm: the training convolution's node, and the norm."""
+def _order_of(claim: _Claim) -> ChannelOrder:
+    if claim.order is None:
+        raise _Refuted(f"it reads {claim.node.name}, which has no channels")
+    return claim.order
+
+
+def _carried_out(shuffle: ChannelShuffle) -> ChannelOrder:
+    """The order that ``shuffle`` applies, from what its forward uses."""
+    if shuffle.digits is not None:
+        return ChannelOrder.from_digits(shuffle.digits.radices, shuffle.digits.axes)
+    assert shuffle.index is not None
+    return ChannelOrder(tuple(shuffle.index.tolist()))
+
+
+def _conv_and_norm(training: fx.GraphModule, source: fx.Node) -> tuple[fx.Node, nn.BatchNorm2d | None]:
+    """The training layer that a layer with weights stands for, and the batch norm that it took in, if any."""
     norm = called_module(training, source)
-    if not isinstance(called_module(compiled, node), nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d):
-        return None, None
-    conv = _through_no_ops(training, source.all_input_nodes[0])
-    _require(isinstance(called_module(training, conv), nn.Conv2d), f"{source.target} does not follow a convolution")
-    return conv, norm
+    if type(norm) is not nn.BatchNorm2d:
+        return source, None
+    return _through_no_ops(training, source.all_input_nodes[0]), norm
 
 
 def _check_operands(node: fx.Node, source: fx.Node, claims: dict[fx.Node, _Claim]) -> None:
@@ -173,7 +196,8 @@ def _check_operands(node: fx.Node, source: fx.Node, claims: dict[fx.Node, _Claim
 
     ours = fx.map_arg((node.args, node.kwargs), claimed)
     theirs = fx.map_arg((source.args, source.kwargs), expected)
-    _require(ours == theirs, f"it does not compute {source.name} from {source.args}")
+    same = ours == theirs and repr(ours) == repr(theirs)  # 1, 1.0 and True are equal but for their text
+    _require(same, f"it does not compute {source.name} from {source.args}")
 
 
 def _check_output(node: fx.Node, sources: dict[str, fx.Node], claims: dict[fx.Node, _Claim]) -> None:
@@ -197,36 +221,39 @@ def _check_module(original: nn.Module | None, module: nn.Module | None, order: C
         return
     _require(type(module) is type(original), f"a {type(module).__name__} for a {type(original).__name__}")
     assert module is not None and original is not None
-    _require(module.extra_repr() == original.extra_repr(), f"({module.extra_repr()}) for ({original.extra_repr()})")
-    theirs = dict(_named_tensors(original))
+    ours, theirs = settings(module), settings(original)
+    for name in ours.keys() | theirs.keys():
+        value, other = ours.get(name), theirs.get(name)
+        same = value is other or (type(value) is type(other) and isinstance(value, _PLAIN) and value == other)
+        _require(same, f"{name} {value} for {other}")
+    sources = dict(_named_tensors(original))
     for name, tensor in _named_tensors(module):
-        source = theirs.pop(name, None)
+        source = sources.pop(name, None)
         if source is not None and order is not None and source.ndim:
             source = source[order.index]
-        _require(source is not None and torch.equal(tensor, source), f"{name} is not the training form's, reordered")
-    _require(not theirs, f"{', '.join(theirs)} missing")
+        _require(source is not None and _equal(tensor, source), f"{name} is not the training form's, reordered")
+    _require(not sources, f"{', '.join(sources)} missing")
 
 
 def _check_weights(
     module: nn.Conv2d | nn.Linear,
-    original: nn.Module,
+    original: nn.Module | None,
     norm: nn.BatchNorm2d | None,
     before: ChannelOrder,
     after: ChannelOrder,
     certificate: Certificate,
 ) -> None:
     """Entry for entry: weight[o, i] = (U ⊙ W)[after[o], before[i]], zero under U for what is left out."""
-    _require(isinstance(original, nn.Conv2d | nn.Linear), f"a {type(module).__name__} for a {type(original).__name__}")
+    _require(type(original) in (nn.Conv2d, DGConv2d, nn.Linear), f"it stands for a {type(original).__name__}")
     assert isinstance(original, nn.Conv2d | nn.Linear)
-    groups = getattr(module, "groups", 1)
-    for setting in ("kernel_size", "stride", "padding", "dilation", "padding_mode"):
-        ours, theirs = getattr(module, setting, None), getattr(original, setting, None)
-        _require(ours == theirs, f"{setting} {ours} for {theirs}")
+    for name in _CONV_SETTINGS:
+        value, other = getattr(module, name, None), getattr(original, name, None)
+        _require(value == other, f"{name} {value} for {other}")
     weight = original.weight.detach()
+    groups = getattr(module, "groups", 1)
     out_channels, width = module.weight.shape[:2]
-    _require(
-        (len(after), len(before)) == (out_channels, width * groups), f"weights of shape {list(module.weight.shape)}"
-    )
+    fits = len(weight) == out_channels == len(after) and width * groups == len(before)
+    _require(fits, f"weights of shape {list(module.weight.shape)} for {list(weight.shape)}")
 
     mask = _training_mask(original)
     if groups == 1 and mask is None:
@@ -247,15 +274,10 @@ def _check_weights(
     bias = None if original.bias is None else original.bias.detach()[after.index]
     if norm is not None:
         kept, bias = _folded(kept, bias, norm, after)
-    _require(
-        module.weight.dtype == kept.dtype and torch.equal(module.weight.detach(), kept),
-        "a weight is not the one it came from, or one that the mask removes is not zero",
-    )
-    ours = None if module.bias is None else module.bias.detach()
-    _require(
-        (ours is None) == (bias is None) and (ours is None or bias is None or torch.equal(ours, bias)),
-        "a bias is not the one it came from",
-    )
+    same = _equal(module.weight.detach(), kept)
+    _require(same, "a weight is not the one it came from, or one that the mask removes is not zero")
+    same = module.bias is bias if module.bias is None or bias is None else _equal(module.bias.detach(), bias)
+    _require(same, "a bias is not the one it came from")
     positions = kept[0, 0].numel()
     certificate.layers += 1
     certificate.weights_kept += ones * positions
@@ -263,7 +285,7 @@ def _check_weights(
 
 
 def _training_mask(original: nn.Conv2d | nn.Linear) -> Tensor | None:
-    """Which weights of the training layer count, [C_out, C_in], by eq. 5 to 7 from the gates themselves; None for all."""
+    """Which weights of the training layer count, [C_out, C_in], from the gates themselves (eq. 5–7); None for all."""
     if isinstance(original, DGConv2d):
         gates = iter(original.gate.detach().tolist())
         bits = [int(next(gates) > 0) if a == b else 1 for a, b in original.factors]
@@ -300,6 +322,10 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d, after: Ch
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         yield name, tensor.detach()
+
+
+def _equal(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.dtype == other.dtype and torch.equal(tensor, other)
 
 
 def _attribute(graph: fx.GraphModule, node: fx.Node) -> Tensor:

@@ -83,7 +83,7 @@ class ChannelOrder:
         return torch.tensor(self.source, dtype=torch.int64)
 
     def then(self, following: ChannelOrder) -> ChannelOrder:
-        """This order, then ``following``: ``x[:, self][:, following]``.
+        """Apply this order, then ``following``: ``x[:, self][:, following]``.
 
         Raises:
             ChannelOrderError: if the two are for different channel counts.

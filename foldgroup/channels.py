@@ -5,21 +5,21 @@ its result:
 
 * :class:`Through`: result and operands have the same channels in the same order (ReLU, Add, pooling). Per-channel
   parameters (batch norm, depthwise kernels) follow the order.
-* :class:`Mixes`: the operand's channels are summed over by a weight, which makes new ones (dense convolution, linear). A
-  weight takes up any order of either side for free.
+* :class:`Mixes`: the operand's channels are summed over by a weight, which makes new ones (dense convolution,
+  linear). A weight takes up any order of either side for free.
 * :class:`Shuffles`: a ChannelShuffle; the one operation that an order can remove.
-* :class:`Barrier`: the channels' positions matter in a way no rule describes. Operands and result keep their order. What
-  has no rule is a barrier: never a guess.
+* :class:`Barrier`: the channels' positions matter in a way no rule describes. Operands and result keep their order.
+  What has no rule is a barrier: never a guess.
 
-A *channel space* is a connected component of tensors under Through. It is free if all that reads and writes it is Mixes,
-Through or Shuffles, and pinned otherwise.
+A *channel space* is a connected component of tensors under Through. It is free if all that reads and writes it is
+Mixes, Through or Shuffles, and pinned otherwise.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -34,7 +34,7 @@ from foldgroup.trace import called_module, shape_of
 
 @dataclass(frozen=True)
 class Through:
-    """The result's channels are those of all ``operands``; ``carries`` if a module's per-channel tensors follow them."""
+    """The result's channels are those of all ``operands``; with ``carries``, per-channel tensors follow them."""
 
     operands: tuple[fx.Node, ...]
     carries: bool = False
@@ -84,16 +84,17 @@ class ChannelSpace:
 
 @dataclass
 class ChannelSpaces:
-    """The spaces of a graph, and the shuffles between them as (node, index of space before, index of space after)."""
+    """The spaces of a graph, and the shuffles between them as (node, index of space before, of space after, order)."""
 
     spaces: list[ChannelSpace]
     of: dict[fx.Node, ChannelSpace]
-    shuffles: list[tuple[fx.Node, int, int]]
+    shuffles: list[tuple[fx.Node, int, int, ChannelOrder]]
 
 
 def channel_spaces(graph: fx.GraphModule) -> ChannelSpaces:
     """The channel spaces of ``graph``, whose nodes carry ``meta["shape"]``."""
-    rules = {node: rule_of(graph, node) for node in graph.graph.nodes}
+    shared = shared_modules(graph)
+    rules = {node: rule_of(graph, node, shared) for node in graph.graph.nodes}
     tensors = [node for node in graph.graph.nodes if len(shape_of(node)) >= 2]
     same = nx.Graph()
     same.add_nodes_from(tensors)
@@ -113,7 +114,7 @@ def channel_spaces(graph: fx.GraphModule) -> ChannelSpaces:
             result.of[rule.operand].readers.append(node)
             result.of[node].writers.append(node)
         elif isinstance(rule, Shuffles):
-            result.shuffles.append((node, result.of[rule.operand].index, result.of[node].index))
+            result.shuffles.append((node, result.of[rule.operand].index, result.of[node].index, rule.order))
         elif isinstance(rule, Through):
             if rule.carries:
                 result.of[node].carriers.append(node)
@@ -124,27 +125,30 @@ def channel_spaces(graph: fx.GraphModule) -> ChannelSpaces:
     return result
 
 
-def rule_of(graph: fx.GraphModule, node: fx.Node) -> Rule:
-    """What ``node`` does to channels. Unknown operations and modules or parameters used more than once are barriers."""
+def rule_of(graph: fx.GraphModule, node: fx.Node, shared: Set[str] = frozenset()) -> Rule:
+    """What ``node`` does to channels. Unknown operations are barriers, and modules in ``shared``, whose tensors cannot
+    follow the orders of two places.
+    """
     if node.op == "placeholder":
         return Barrier("network input")
     if node.op == "output":
         return Barrier("network output")
     module = called_module(graph, node)
-    if module is not None:
-        make = MODULE_RULES.get(type(module))
-        if make is None:
-            return Barrier(f"no rule for {type(module).__name__} ({node.target})")
-        rule = make(node, module)
-        has_tensors = next(module.parameters(), None) is not None
-        if has_tensors and not isinstance(rule, Barrier) and node.target in _shared_modules(graph):
+    if type(module) in MODULE_RULES:
+        assert module is not None
+        rule = MODULE_RULES[type(module)](node, module)
+        follows = isinstance(rule, Mixes | Shuffles) or (isinstance(rule, Through) and rule.carries)
+        if follows and node.target in shared:
             return Barrier(f"{node.target} is used more than once")
-        return rule
-    if node.op in ("call_function", "call_method"):
-        make_call = CALL_RULES.get(node.target)
-        if make_call is not None:
-            return make_call(node)
-    return Barrier(f"no rule for {node.op} {getattr(node.target, '__name__', node.target)}")
+    elif module is not None:
+        return Barrier(f"no rule for {type(module).__name__} ({node.target})")
+    elif node.op in ("call_function", "call_method") and node.target in CALL_RULES:
+        rule = CALL_RULES[node.target](node)
+    else:
+        return Barrier(f"no rule for {node.op} {getattr(node.target, '__name__', node.target)}")
+    if isinstance(rule, Through) and not (rule.operands and all(_same_channels(node, o) for o in rule.operands)):
+        return Barrier(f"{node.name} changes the channel axis")
+    return rule
 
 
 def reordered(module: nn.Module, before: ChannelOrder | None, after: ChannelOrder | None) -> nn.Module:
@@ -165,8 +169,8 @@ def reordered(module: nn.Module, before: ChannelOrder | None, after: ChannelOrde
     return with_tensors(module, tensors)
 
 
-def _shared_modules(graph: fx.GraphModule) -> set[str]:
-    """Names of modules that several nodes call, or whose parameters another called module also holds."""
+def shared_modules(graph: fx.GraphModule) -> set[str]:
+    """Names of modules that several nodes call, or whose parameters another module holds or a node reads directly."""
     targets = [str(n.target) for n in graph.graph.nodes if n.op == "call_module"]
     calls = Counter(targets)
     holders: dict[int, set[str]] = {}
@@ -179,25 +183,30 @@ def _shared_modules(graph: fx.GraphModule) -> set[str]:
     return tied | {target for target, count in calls.items() if count > 1}
 
 
-# ---- one rule per kind of operation -------------------------------------------------------------------------------------
+# ---- one rule per kind of operation ----------------------------------------------------------------------------
 
 
 def _first(node: fx.Node) -> fx.Node:
-    operand = node.args[0]
-    assert isinstance(operand, fx.Node)
-    return operand
+    return node.all_input_nodes[0]
+
+
+def _same_channels(node: fx.Node, other: fx.Node) -> bool:
+    return len(shape_of(node)) > 1 and shape_of(node)[1:2] == shape_of(other)[1:2]
 
 
 def _elementwise_module(node: fx.Node, module: nn.Module) -> Rule:
     return Through((_first(node),))
 
 
-def _spatial(node: fx.Node) -> Rule:
-    """One tensor in, channels untouched: activations and pooling over positions."""
-    operand = _first(node)
-    if len(shape_of(operand)) != len(shape_of(node)) or shape_of(operand)[1:2] != shape_of(node)[1:2]:
-        return Barrier(f"{node.name} changes the channel axis")
-    return Through((operand,))
+def _elementwise_call(node: fx.Node) -> Rule:
+    return Through((_first(node),))
+
+
+def _pooling(node: fx.Node, module: nn.Module | None = None) -> Rule:
+    """Over positions; torch takes a tensor of rank 3 for one image, whose dimension 1 is not its channels."""
+    if len(shape_of(_first(node))) != 4:
+        return Barrier(f"{node.name} pools a tensor that is not [N, C, H, W]")
+    return Through((_first(node),))
 
 
 def _elementwise(node: fx.Node) -> Rule:
@@ -206,9 +215,7 @@ def _elementwise(node: fx.Node) -> Rule:
     operands = [o for o in node.all_input_nodes if shape_of(o)]
     if any(len(shape_of(o)) != len(shape) for o in operands):
         return Barrier(f"{node.name} broadcasts tensors of different rank")
-    return (
-        Through(tuple(o for o in operands if shape_of(o)[1] == shape[1])) if len(shape) > 1 else Barrier("no channels")
-    )
+    return Through(tuple(o for o in operands if _same_channels(node, o)))
 
 
 def _per_channel(node: fx.Node, module: nn.Module) -> Rule:
@@ -222,6 +229,8 @@ def _prelu(node: fx.Node, module: nn.Module) -> Rule:
 
 def _conv(node: fx.Node, module: nn.Module) -> Rule:
     assert isinstance(module, nn.Conv2d)
+    if len(shape_of(_first(node))) != 4:
+        return Barrier(f"{node.target} reads a tensor that is not [N, C, H, W]")
     if module.groups == 1:
         return Mixes(_first(node))
     if module.groups == module.in_channels == module.out_channels:
@@ -235,7 +244,7 @@ def _linear(node: fx.Node, module: nn.Module) -> Rule:
     return Mixes(_first(node))
 
 
-def _flatten(node: fx.Node) -> Rule:
+def _flatten(node: fx.Node, module: nn.Module | None = None) -> Rule:
     operand = _first(node)
     if shape_of(operand)[:2] == shape_of(node) and all(n == 1 for n in shape_of(operand)[2:]):
         return Through((operand,))
@@ -245,9 +254,9 @@ def _flatten(node: fx.Node) -> Rule:
 def _mean(node: fx.Node) -> Rule:
     operand = _first(node)
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    axes = dims if isinstance(dims, list | tuple) else [dims]
     rank = len(shape_of(operand))
-    axes = {d % rank for d in (dims if isinstance(dims, list | tuple) else [dims]) if isinstance(d, int)}
-    if not axes or axes & {0, 1}:
+    if rank < 2 or not axes or not all(isinstance(axis, int) and axis % rank > 1 for axis in axes):
         return Barrier(f"{node.name} averages over channels")
     return Through((operand,))
 
@@ -263,7 +272,8 @@ MODULE_RULES: dict[type[nn.Module], Callable[[fx.Node, nn.Module], Rule]] = {
         _elementwise_module,
     ),
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout2d), _elementwise_module),
-    **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), _elementwise_module),
+    **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d), _pooling),
+    nn.Flatten: _flatten,
     nn.BatchNorm2d: _per_channel,
     nn.PReLU: _prelu,
     nn.Conv2d: _conv,
@@ -278,10 +288,10 @@ CALL_RULES: dict[object, Callable[[fx.Node], Rule]] = {
     ),
     **dict.fromkeys((torch.add, torch.mul, torch.sub, "mul", "mul_"), _elementwise),
     **dict.fromkeys(
-        (torch.relu, functional.relu, torch.sigmoid, torch.tanh, functional.silu, "relu", "relu_"), _spatial
+        (torch.relu, functional.relu, torch.sigmoid, torch.tanh, functional.silu, "relu", "relu_"), _elementwise_call
     ),
-    **dict.fromkeys((functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d), _spatial),
-    **dict.fromkeys((functional.dropout, "contiguous"), _spatial),
+    **dict.fromkeys((functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d), _pooling),
+    **dict.fromkeys((functional.dropout, "contiguous"), _elementwise_call),
     **dict.fromkeys((torch.flatten, "flatten"), _flatten),
     **dict.fromkeys((torch.mean, "mean"), _mean),
 }

@@ -1,7 +1,7 @@
 """The command line: one function a verb. The only place that prints.
 
-Results go to standard output, progress and errors to standard error. Exit status: 0 done; 1 a check failed; 2 bad usage or
-input, with one message and nothing written.
+Results go to standard output, progress and errors to standard error. Exit status: 0 done; 1 a check failed; 2 bad
+usage or input, with one message and nothing written.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print one J
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="foldgroup")
 def main() -> None:
-    """Turn networks that learned their channel groups into the grouped convolutions they really are.
+    r"""Turn networks that learned their channel groups into the grouped convolutions they really are.
 
     \b
     foldgroup compile checkpoint.pt          a verified ONNX model and TensorRT engine

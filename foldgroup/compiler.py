@@ -9,14 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import fx
+from torch import Tensor, fx
 
 from foldgroup import bundle as files
 from foldgroup.bundle import Bundle, check_target, file_entry, to_json, write_bundle
 from foldgroup.certificate import Certificate, certify
 from foldgroup.checkpoint import Checkpoint, Preprocessing, load_checkpoint
 from foldgroup.emit import tensorrt
-from foldgroup.emit.onnx import BATCH, INPUT, MODEL, OUTPUT, export_onnx
+from foldgroup.emit.onnx import BATCH, INPUT, MODEL, OUTPUT, export_onnx, to_float32
 from foldgroup.equivalence import (
     FLOAT64_LIMIT,
     LIMITS,
@@ -29,7 +29,7 @@ from foldgroup.equivalence import (
     seeded_inputs,
 )
 from foldgroup.errors import EquivalenceError
-from foldgroup.measure import layer_costs, machine, params
+from foldgroup.measure import layer_costs, machine, macs, params
 from foldgroup.nn.dgconv import DGConv2d
 from foldgroup.pipeline import PassRecord, Pipeline, PipelineResult, dump, first_difference
 from foldgroup.run import OnnxRuntimeRunner
@@ -83,8 +83,8 @@ def fold(
         (dump_passes / "00_trace.txt").write_text(dump(training), encoding="utf-8")
     check = pass_check(training, seeded_inputs(shape)) if check_passes else None
     result = (pipeline or _default_pipeline()).run(training, check=check, on_pass=on_pass)
-    on_step("certificate")
     certificate = certify(training, result.graph)
+    on_step("certificate")
     if not certificate.holds:
         raise EquivalenceError(
             f"{checkpoint.path}: the folded network is not the trained one. {certificate.failure}. "
@@ -124,72 +124,99 @@ def compile(
     check_target(output, force=force)
     if engine and gpu:
         tensorrt.check_capabilities(gpu)
-    started = time.perf_counter()
+    clock = _Clock(on_step)
     checkpoint = load_checkpoint(source, arch=arch, gate_order=gate_order, zero_gates=zero_gates)
-    on_step("read checkpoint")
+    clock("read checkpoint")
     folded = fold(
         checkpoint,
         pipeline=pipeline,
         input_size=input_size,
         check_passes=check_passes,
         dump_passes=Path(dump_passes) if dump_passes is not None else None,
-        on_step=on_step,
+        on_step=clock,
     )
+    inputs = seeded_inputs((batch or GOLDEN_INPUTS, *folded.input_shape[1:]))
+    reference, error = _float64_tier(source, folded, inputs)
+    clock("float64")
+
+    size = folded.input_shape[2]
+    options = {"arch": arch, "gate_order": gate_order, "zero_gates": zero_gates, "input_size": size, "batch": batch}
+    content = {
+        files.PASSES: to_json(
+            {"options": options, "notes": checkpoint.notes, "passes": [_record(r) for r in folded.result.records]}
+        ),
+        files.PREPROCESSING: to_json({**asdict(_preprocessing(checkpoint, size)), "classes": list(checkpoint.classes)}),
+    }
+    manifest = manifest_of(checkpoint, folded, batch)
     shape = (batch or 1, *folded.input_shape[1:])
-    inputs = seeded_inputs((batch or GOLDEN_INPUTS, *shape[1:]))
+    graph = to_float32(folded.folded)
+    del checkpoint, folded  # the dense kernels: most of the memory, and no longer needed
+
+    model = export_onnx(graph, shape, fixed_batch=batch is not None)
+    clock("ONNX")
+    with OnnxRuntimeRunner(model) as runner:
+        tier = TierResult("onnxruntime fp32", ErrorStatistics.of(runner.run(inputs.numpy()), reference.numpy()), LIMITS["fp32"])
+    clock("ONNX Runtime")
+    if not tier:
+        raise EquivalenceError(f"{source}: under ONNX Runtime, {'; '.join(tier.violations)}")
+    engines, plans = _build_engines(model, gpu) if engine else ({"engines": [], "note": "left out by --no-engine"}, {})
+    clock("TensorRT-RTX engine" if plans else f"no engine, {engines['note']}")
+
+    from safetensors.torch import save
+
+    content[MODEL] = model
+    golden = save({"input": inputs, "logits": reference})
+    manifest["files"] = {name: file_entry(data) for name, data in content.items()}
+    verification = {
+        "float64_max_error": error,
+        "tiers": {tier.name: tier.as_dict()},
+        "machine": machine(),
+        "golden": {"file": files.GOLDEN, **file_entry(golden)},
+        "seconds": clock.seconds,
+    }
+    documents = {files.MANIFEST: manifest, files.ENGINES: {"schema": files.SCHEMA, **engines}, files.VERIFICATION: verification}
+    written = {**content, **plans, files.GOLDEN: golden, **{name: to_json(doc) for name, doc in documents.items()}}
+    result = write_bundle(output, written, force=force)
+    clock("bundle")
+    return result
+
+
+class _Clock:
+    """Tells ``on_step`` of every step as it ends, and keeps how many seconds each took."""
+
+    def __init__(self, on_step: Callable[[str], None]) -> None:
+        self.on_step = on_step
+        self.last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, step: str) -> None:
+        now = time.perf_counter()
+        self.seconds[step] = round(now - self.last, 3)
+        self.last = now
+        self.on_step(step)
+
+
+def _float64_tier(source: Path, folded: Folded, inputs: Tensor) -> tuple[Tensor, float]:
+    """The training form's float64 logits for ``inputs`` [N, C, H, W], and the folded form's error against them.
+
+    Raises:
+        EquivalenceError: if the error is over the limit; it names the first layer that is.
+    """
     reference = evaluate(folded.training, inputs)["output"]
     error = float64_error(reference, folded.folded, inputs)
-    on_step("float64")
     if not error <= FLOAT64_LIMIT:
         layers = layer_errors(folded.training, folded.folded, folded.certificate, inputs)
         raise EquivalenceError(
             f"{source}: in float64 the folded network differs from the trained one by {error:.1e}, more than "
             f"{FLOAT64_LIMIT:.0e}; the first layer to do so is {first_layer_over(layers, FLOAT64_LIMIT)}"
         )
-    model = export_onnx(folded.folded, shape, fixed_batch=batch is not None)
-    on_step("ONNX")
-    with OnnxRuntimeRunner(model) as runner:
-        statistics = ErrorStatistics.of(runner.run(inputs.numpy()), reference.numpy())
-        tier = TierResult("onnxruntime fp32", statistics, LIMITS["fp32"])
-    on_step("ONNX Runtime")
-    if not tier:
-        raise EquivalenceError(f"{source}: under ONNX Runtime, {'; '.join(tier.violations)}")
-    engines = _build_engines(model, gpu) if engine else {"engines": [], "note": "left out by --no-engine"}
-    plans = {tensorrt.PLAN: engines["engines"][0].pop("plan")} if engines["engines"] else {}
-    on_step("TensorRT-RTX engine" if plans else f"no engine: {engines['note']}")
+    return reference, error
 
-    from safetensors.torch import save
 
-    golden = save({"input": inputs, "logits": reference})
-    size = folded.input_shape[2]
-    preprocessing = checkpoint.preprocessing
-    if size != preprocessing.size:
-        preprocessing = replace(Preprocessing.standard(size), mean=preprocessing.mean, std=preprocessing.std)
-    options = {"arch": arch, "gate_order": gate_order, "zero_gates": zero_gates, "input_size": size, "batch": batch}
-    content = {
-        MODEL: model,
-        files.PASSES: to_json({"options": options, "passes": [_record(r) for r in folded.result.records]}),
-        files.PREPROCESSING: to_json({**asdict(preprocessing), "classes": list(checkpoint.classes)}),
-    }
-    verification = {
-        "float64_max_error": error,
-        "tiers": {tier.name: tier.as_dict()},
-        "machine": machine(),
-        "golden": {"file": files.GOLDEN, **file_entry(golden)},
-        "seconds": {record.name: round(record.seconds, 3) for record in folded.result.records}
-        | {"total": round(time.perf_counter() - started, 3)},
-    }
-    written = {
-        **content,
-        files.MANIFEST: to_json(_manifest(checkpoint, folded, content, batch)),
-        **plans,
-        files.ENGINES: to_json({"schema": files.SCHEMA, **engines}),
-        files.GOLDEN: golden,
-        files.VERIFICATION: to_json(verification),
-    }
-    result = write_bundle(output, written, force=force)
-    on_step("bundle")
-    return result
+def _preprocessing(checkpoint: Checkpoint, size: int) -> Preprocessing:
+    """The checkpoint's preprocessing, or the standard one with its mean and deviation for another size."""
+    stored = checkpoint.preprocessing
+    return stored if stored.size == size else replace(Preprocessing.standard(size), mean=stored.mean, std=stored.std)
 
 
 def default_bundle_name(source: Path) -> str:
@@ -201,22 +228,21 @@ def default_bundle_name(source: Path) -> str:
     return source.stem + ".foldgroup"
 
 
-def _build_engines(model: bytes, gpu: Sequence[str]) -> dict[str, Any]:
-    """The engine's entry for ``engines.json``, its plan still in it; none if no builder is installed or asked for."""
+def _build_engines(model: bytes, gpu: Sequence[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The content of ``engines.json``, and the plans by file name; none where no builder is installed or asked for."""
     if not gpu and not tensorrt.available():
-        return {"engines": [], "note": "tensorrt-rtx is not installed here"}
+        return {"engines": [], "note": "tensorrt-rtx is not installed here"}, {}
     built = tensorrt.build_engine(model, compute_capabilities=gpu)
     entry = {
         "file": tensorrt.PLAN,
         **file_entry(built.plan),
-        "plan": built.plan,
         "builder": built.builder,
         "version": built.version,
         "compute_capabilities": list(built.compute_capabilities) or "the builder's own set",
         "batch": list(built.batch) if built.batch else None,
         "onnx_sha256": file_entry(model)["sha256"],
     }
-    return {"engines": [entry]}
+    return {"engines": [entry]}, {tensorrt.PLAN: built.plan}
 
 
 def _record(record: PassRecord) -> dict[str, Any]:
@@ -230,7 +256,7 @@ def _record(record: PassRecord) -> dict[str, Any]:
     }
 
 
-def learned_layers(folded: Folded) -> list[dict[str, Any]]:
+def _learned_layers(folded: Folded) -> list[dict[str, Any]]:
     """What became of every DGConv layer, for the manifest; MACs are for one image."""
     executed = {cost.name: cost for cost in layer_costs(folded.folded)}
     layers = []
@@ -259,18 +285,17 @@ def learned_layers(folded: Folded) -> list[dict[str, Any]]:
     return layers
 
 
-def _manifest(checkpoint: Checkpoint, folded: Folded, content: dict[str, bytes], batch: int | None) -> dict[str, Any]:
-    layers = learned_layers(folded)
-    training = sum(cost.macs for cost in layer_costs(folded.training))
-    executed = sum(cost.macs for cost in layer_costs(folded.folded))
+def manifest_of(checkpoint: Checkpoint, folded: Folded, batch: int | None = None) -> dict[str, Any]:
+    """The manifest of a compile with a dynamic batch or ``batch``, but for its files."""
+    layers = _learned_layers(folded)
+    executed = macs(folded.folded)
     packed = sum(layer["executed_macs"] - layer["macs"] for layer in layers)
     ledger = folded.result.ledger
-    output_shape = shape_of(next(n for n in folded.folded.graph.nodes if n.op == "output").all_input_nodes[0])
+    output_shape = shape_of(folded.folded.graph.output_node().all_input_nodes[0])
     free = batch or BATCH
     return {
         "schema": files.SCHEMA,
         "checkpoint": {"sha256": checkpoint.sha256, "dialect": checkpoint.dialect, "arch": checkpoint.arch},
-        "files": {name: file_entry(data) for name, data in content.items()},
         "input": {"name": INPUT, "shape": [free, *folded.input_shape[1:]]},
         "output": {"name": OUTPUT, "shape": [free, *output_shape[1:]]},
         "precision": "fp32",
@@ -282,7 +307,7 @@ def _manifest(checkpoint: Checkpoint, folded: Folded, content: dict[str, bytes],
             "cancelled": sum(entry.fate == "cancelled" for entry in ledger),
             "kept": [{"node": entry.node, "reason": entry.reason} for entry in ledger if entry.fate == "kept"],
         },
-        "macs": {"training": training, "nominal": executed - packed, "executed": executed},
+        "macs": {"training": macs(folded.training), "nominal": executed - packed, "executed": executed},
         "params": {"training": params(folded.training), "folded": params(folded.folded)},
         "certificate": folded.certificate.as_dict(),
     }

@@ -238,7 +238,7 @@ def _apply_group_mask(layer: str, gate: Tensor, in_channels: int, out_channels: 
             "the mask and the kernel are not of one layer; save the state dict again"
         )
     fixed = stored.reshape(out_channels, in_channels).to(torch.float64).numpy()
-    size = in_channels // max(1, np.count_nonzero(fixed[0]))
+    size = in_channels // max(1, int(np.count_nonzero(fixed[0])))
     constant = np.kron(np.ones((out_channels // size, in_channels // size)), np.eye(size))
     factors = factorize(in_channels, out_channels)
     rest = (1,) * (len(factors) - len(gate))  # the all-ones rectangle, if there is one

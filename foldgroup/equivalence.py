@@ -5,8 +5,8 @@
 3. **Per runtime and precision**: a runtime's outputs against the float64 reference of the training form, by
    :class:`ErrorStatistics` and the limits in :data:`LIMITS`.
 
-Errors are relative to the largest |reference| over the batch, so that one number bounds every logit and does not depend on
-how the network scales its outputs.
+Errors are relative to the largest |reference| over the batch, so that one number bounds every logit and does not
+depend on how the network scales its outputs.
 """
 
 from __future__ import annotations

@@ -1,19 +1,22 @@
 """The modules that graphs are made of on their way from the training form to the folded form.
 
 *Training form*: DGConv2d, a dense kernel masked at every call; decoded, a :class:`MaskedConv2d`, the same with the gate
-bits read and the mask multiplied in. *Shuffle form*: ChannelShuffle, grouped Conv2d, ChannelShuffle. *Folded form*: only
-torch's own layers.
+bits read and the mask multiplied in. *Shuffle form*: ChannelShuffle, grouped Conv2d, ChannelShuffle. *Folded form*:
+only torch's own layers.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from foldgroup.channel_order import ChannelOrder
 from foldgroup.grouping import Grouping
+
+Conv = TypeVar("Conv", bound=nn.Conv2d)
 
 
 class MaskedConv2d(nn.Conv2d):
@@ -29,7 +32,8 @@ class MaskedConv2d(nn.Conv2d):
     def from_dense(cls, conv: nn.Conv2d, grouping: Grouping, gate_bits: tuple[int, ...]) -> MaskedConv2d:
         """The masked form of a dense ``conv``; the bias is shared, the kernel is a new tensor."""
         mask = torch.from_numpy(grouping.mask.T.copy()).to(conv.weight.device)
-        masked = conv_like(conv, torch.where(mask[:, :, None, None], conv.weight.detach(), 0), conv.bias, 1, cls)
+        weight = torch.where(mask[:, :, None, None], conv.weight.detach(), 0)
+        masked = conv_like(conv, weight, conv.bias, 1, cls)
         masked.grouping = grouping
         masked.gate_bits = gate_bits
         return masked
@@ -44,17 +48,20 @@ class ChannelShuffle(nn.Module):
 
     def __init__(self, order: ChannelOrder, inserted_for: str) -> None:
         super().__init__()
+        self.eval()  # graphs are in evaluation mode throughout
         self.order = order
         self.inserted_for = inserted_for
         self.digits = order.as_digits()
+        self.index: Tensor | None
         self.register_buffer("index", order.index.clone() if self.digits is None else None)
 
     def forward(self, input: Tensor) -> Tensor:
         """Reorder dimension 1 of [N, C, …]."""
         if self.digits is None:
-            return input[:, self.index]
+            assert self.index is not None
+            return input.index_select(1, self.index)
         k = len(self.digits.axes)
-        split = input.unflatten(1, self.digits.radices)
+        split = torch.unflatten(input, 1, self.digits.radices)
         moved = split.permute(0, *(1 + axis for axis in self.digits.axes), *range(k + 1, split.ndim))
         return moved.flatten(1, k)
 
@@ -66,8 +73,12 @@ class ChannelShuffle(nn.Module):
 
 
 def conv_like(
-    conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, groups: int, cls: type[nn.Conv2d] = nn.Conv2d
-) -> nn.Conv2d:
+    conv: nn.Conv2d,
+    weight: Tensor,
+    bias: Tensor | None,
+    groups: int,
+    cls: type[Conv] = nn.Conv2d,  # type: ignore[assignment]  # the default of a type variable
+) -> Conv:
     """A convolution of class ``cls`` with the stride, padding and dilation of ``conv`` and other weights.
 
     ``weight`` is [C_out, C_in/groups, kH, kW].
@@ -76,16 +87,17 @@ def conv_like(
     result = cls(
         group_width * groups,
         out_channels,
-        tuple(kernel),  # type: ignore[arg-type]  # two ints
-        conv.stride,
-        conv.padding,
-        conv.dilation,
+        cast("tuple[int, int]", tuple(kernel)),
+        cast("tuple[int, int]", conv.stride),
+        cast("str | tuple[int, int]", conv.padding),
+        cast("tuple[int, int]", conv.dilation),
         groups,
         bias is not None,
         conv.padding_mode,
         device="meta",
         dtype=weight.dtype,
     )
+    result._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice  # what padding modes go by
     result.weight = nn.Parameter(weight.detach(), requires_grad=False)
     result.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     return result.train(conv.training)
@@ -102,3 +114,8 @@ def with_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
         else:
             result._buffers[name] = tensor.detach()
     return result
+
+
+def settings(module: nn.Module) -> dict[str, object]:
+    """What ``module`` computes with apart from its parameters and buffers: all its other attributes, by name."""
+    return {name: value for name, value in vars(module).items() if name not in ("_parameters", "_buffers")}

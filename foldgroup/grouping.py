@@ -86,7 +86,8 @@ class Grouping:
         """Refuse group counts that do not divide the channels."""
         if self.groups < 1 or len(self.in_order) % self.groups or len(self.out_order) % self.groups:
             raise GroupingError(
-                f"{self.groups} groups do not divide {len(self.in_order)} input and {len(self.out_order)} output channels"
+                f"{self.groups} groups do not divide {len(self.in_order)} input "
+                f"and {len(self.out_order)} output channels"
             )
 
     @classmethod
@@ -108,8 +109,8 @@ class Grouping:
     def from_mask(cls, mask: npt.ArrayLike) -> Grouping:
         """The grouping of a binary mask [C_in, C_out], whatever made it.
 
-        Groups are ordered by their smallest input channel and channels ascend within a group, which for a Kronecker mask is
-        the very order that :meth:`from_bits` gives.
+        Groups are ordered by their smallest input channel and channels ascend within a group, which for a Kronecker
+        mask is the very order that :meth:`from_bits` gives.
 
         Raises:
             GroupingError: if the mask is not a set of equal, disjoint, fully connected groups.

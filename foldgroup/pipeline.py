@@ -1,15 +1,16 @@
 """Passes and the pipeline that runs them: order, checks, records, dumps, bisect.
 
 A pass is a function Graph → Graph with a name and reasons. What the pipeline says of it is derived, not self-reported:
-whether it changed the graph (from a structural fingerprint), whether it wrote into a tensor it was given (from tensor
-versions), whether the graph is well formed and of the stage promised, and, on request, whether its result is still the
-trained network (from the certificate and from float64 outputs).
+whether it changed the graph (from a structural fingerprint), whether it wrote into what it was given to read (from
+checksums), whether its result is well formed, pure and of the stage promised, and, on request, whether that is still
+the trained network (from the certificate and from float64 outputs).
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,11 +18,13 @@ from enum import IntEnum
 from importlib.metadata import entry_points
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, fx
 
 from foldgroup.errors import EquivalenceError, PassError
-from foldgroup.forms import ChannelShuffle, MaskedConv2d
+from foldgroup.forms import ChannelShuffle, MaskedConv2d, settings
 from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.purity import impurity
 from foldgroup.trace import attach_shapes, called_module, shape_of
 
 ENTRY_POINTS = "foldgroup.passes"
@@ -184,9 +187,12 @@ class Pipeline:
         """Run every pass on ``graph``; with ``check``, compare after each.
 
         Raises:
-            PassError: if a pass breaks its contract.
+            PassError: if a pass breaks its contract, or if ``graph`` is not pure (:mod:`foldgroup.purity`).
             EquivalenceError: if a check finds a difference and ``stop_at_difference``.
         """
+        impure = impurity(graph)
+        if impure is not None:
+            raise PassError(f"the network cannot be compiled as it is: {impure}")
         records: list[PassRecord] = []
         stage = Stage.TRAINING
         for step in self.passes:
@@ -195,9 +201,9 @@ class Pipeline:
                     f"pass {step.name} needs a graph in stage {step.requires.name}, this one is {stage.name}"
                 )
             start = time.perf_counter()
-            result = _run_checked(step, graph, step.gives or stage)
+            stage = max(stage, step.gives or stage)
+            result = _run_checked(step, graph, stage)
             seconds = time.perf_counter() - start
-            stage = step.gives or stage
             changed = fingerprint(result.graph) != fingerprint(graph)
             difference = check(result.graph) if check else None
             record = PassRecord(
@@ -232,20 +238,26 @@ def first_difference(records: Sequence[PassRecord]) -> PassRecord | None:
 
 def _run_checked(step: Pass, graph: fx.GraphModule, gives: Stage) -> PassResult:
     """Run one pass and hold it to its contract."""
-    versions = [(name, tensor, tensor._version) for name, tensor in _tensors(graph)]
-    text = dump(graph)
+    given = _contents(graph)
     before = {node.name: (node.op, node.target, id(called_module(graph, node))) for node in graph.graph.nodes}
     result = step.run(graph)
-    if dump(graph) != text or result.graph is graph:
-        raise PassError(f"pass {step.name} changed the graph it was given: start from foldgroup.trace.fork")
-    written = [name for name, tensor, version in versions if tensor._version != version]
+    left = _contents(graph)
+    written = [name for name in given | left if name not in given or name not in left or given[name] != left[name]]
     if written:
-        raise PassError(f"pass {step.name} wrote into {written[0]}, which it was only given to read")
+        raise PassError(
+            f"pass {step.name} changed {written[0]}, which it was only given to read: "
+            "start from foldgroup.trace.fork and make new modules"
+        )
+    if result.graph is graph:
+        raise PassError(f"pass {step.name} returned the graph it was given: return foldgroup.trace.fork(graph)")
     try:
         result.graph.graph.lint()
         result.graph.recompile()
     except Exception as error:
         raise PassError(f"pass {step.name} made a malformed graph: {error}") from error
+    impure = impurity(result.graph)
+    if impure is not None:
+        raise PassError(f"pass {step.name} made a graph that is not pure: {impure}")
     for node in result.graph.graph.nodes:
         module = called_module(result.graph, node)
         if isinstance(module, _FORBIDDEN.get(gives, ())):
@@ -264,11 +276,24 @@ def _tensors(graph: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
     yield from graph.named_buffers()
 
 
+def _contents(graph: fx.GraphModule) -> dict[str, object]:
+    """What a pass may read but not change, by the name to blame: nodes, modules' settings, tensors by checksum."""
+    contents: dict[str, object] = {
+        f"node {node.name}": (place, node.op, node.target, node.args, node.kwargs, dict(node.meta))
+        for place, node in enumerate(graph.graph.nodes)
+    }
+    contents |= {name: settings(module) for name, module in graph.named_modules() if name}
+    for name, tensor in _tensors(graph):
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        contents[name] = (tensor.data_ptr(), tensor.shape, tensor.dtype, zlib.crc32(values))
+    return contents
+
+
 def fingerprint(graph: fx.GraphModule) -> str:
     """A hash of the graph's structure and of which tensors it holds (their identity, not their values)."""
     digest = hashlib.sha256(dump(graph).encode())
     for name, tensor in _tensors(graph):
-        digest.update(f"{name} {tensor.data_ptr()} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(f"{name} {tensor.data_ptr()} {tuple(tensor.shape)} {tensor.stride()} {tensor.dtype}\n".encode())
     return digest.hexdigest()
 
 

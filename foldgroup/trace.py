@@ -4,7 +4,8 @@ Two entries of ``node.meta`` are foldgroup's own:
 
 * ``shape``: the node's output shape as a tuple of ints, batch first.
 * ``origin``: the name of the node of the *training form* whose value this node holds, up to the order of its channels.
-  :mod:`foldgroup.certificate` proves equality along these names, so a pass that makes a node must say what it stands for.
+  :mod:`foldgroup.certificate` proves equality along these names, so a pass that makes a node must say what it stands
+  for.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
         graph = fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
     except Exception as error:
         raise TraceError(
-            f"{type(model).__name__} cannot be traced: {error}. Move what depends on the values of tensors out of forward()"
+            f"{type(model).__name__} cannot be traced: {error}. "
+            "Move what depends on the values of tensors out of forward()"
         ) from error
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
@@ -92,7 +94,8 @@ def called_module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 
 def is_no_op(module: nn.Module | None) -> bool:
     """Whether ``module`` returns its input in evaluation mode."""
-    return type(module) in (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+    drops = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+    return type(module) is nn.Identity or (type(module) in drops and not module.training)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ the epoch that is kept, so that test images are only ever used for the final mea
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,7 +128,7 @@ def train(
             logits = model(images)
             loss = functional.cross_entropy(logits, labels)
             optimizer.zero_grad()
-            (loss * complexity_penalty(model, o)).backward()
+            (loss * complexity_penalty(model, o)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if not math.isfinite(loss.item()):
                 raise TrainingError(f"the loss is {loss.item()} in epoch {epoch + 1}: use a lower --learning-rate")
@@ -198,7 +197,7 @@ def _split(
 
 
 def _loader(data: Subset[Any], config: TrainConfig, epoch: int, *, shuffle: bool) -> DataLoader[Any]:
-    """Batches whose order and augmentation depend on the seed and the epoch alone, so that a resumed run repeats them."""
+    """Batches whose order and augmentation depend on the seed and the epoch alone: a resumed run repeats them."""
     return DataLoader(
         data,
         batch_size=config.batch_size if shuffle else 500,
@@ -239,7 +238,7 @@ def _save_state(
     }
     temporary = path.with_name(path.name + ".tmp")
     torch.save(state, temporary)
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def _restore(

@@ -1,8 +1,9 @@
-"""``foldgroup verify``: is what stands in a bundle still the network that was trained?
+"""Verifying a bundle: is what stands in it still the network that was trained.
 
-Without the checkpoint: every file has its recorded hash, and ONNX Runtime reproduces the golden float64 logits. With it,
-everything is done again from the checkpoint: the passes, the certificate, the weights in ``model.onnx`` bit for bit, the
-float64 tier and the runtime tier. With labelled images: accuracy, and agreement with the training form in float64.
+Without the checkpoint: every file has its recorded hash, and ONNX Runtime reproduces the golden float64 logits. With
+it, everything is done again from the checkpoint: the passes, the certificate, the weights in ``model.onnx`` bit for
+bit, the float64 tier and the runtime tier. With labelled images: accuracy, and agreement with the training form in
+float64.
 """
 
 from __future__ import annotations
@@ -205,7 +206,7 @@ def _check_images(
 
 
 def _labelled_batches(bundle: Bundle, data: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of images [N, C, H, W] and class numbers [N], matched to the network's classes by name if it knows them."""
+    """Batches of images [N, C, H, W] and class numbers [N], by the network's class names if it has any."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 

@@ -1,9 +1,11 @@
 """Absorb channel shuffles into the weights around them.
 
-Give every free channel space S an order r_S, so that its tensors hold t[:, r_S]; every weight that writes or reads S, and
-every per-channel tensor in it, follows for free (:func:`foldgroup.channels.reordered`). A pinned space keeps its order.
+Give every free channel space S an order r_S, so that its tensors hold t[:, r_S]; every weight that writes or reads S,
+and every per-channel tensor in it, follows for free (:func:`foldgroup.channels.reordered`). A pinned space keeps its
+order.
 
-Given a shuffle from space U to space V with order s, v = u[:, s]. After reordering, u' = u[:, r_U] and v' = v[:, r_V], so
+Given a shuffle from space U to space V with order s, v = u[:, s]. After reordering, u' = u[:, r_U] and v' = v[:, r_V],
+so
 
     v' = u'[:, r_U⁻¹ · s · r_V]        (products read left to right, as ChannelOrder.then)
 
@@ -12,12 +14,13 @@ Result: the shuffle is gone iff that product is the identity; otherwise it stays
 The r_S are a choice of potentials on a graph whose nodes are spaces and whose edges are shuffles:
 
 1. All pinned spaces are one node, of potential identity.
-2. A spanning forest is grown over the shuffles, those that move most data first (Kruskal). Along a tree edge the product
-   can always be made the identity: r_V = s⁻¹ · r_U, or r_U = s · r_V.
+2. A spanning forest is grown over the shuffles, those that move most data first (Kruskal). Along a tree edge the
+   product can always be made the identity: r_V = s⁻¹ · r_U, or r_U = s · r_V.
 3. A shuffle off the forest goes too if its product happens to be the identity: it meets its own inverse.
 4. What is left is kept, with its reason in the ledger.
 
-With one learned layer between two dense ones, as in every bottleneck, the graph is a forest already and nothing is kept.
+With one learned layer between two dense ones, as in every bottleneck, the graph is a forest already and nothing is
+kept.
 """
 
 from __future__ import annotations
@@ -51,17 +54,15 @@ class AbsorbShuffles(Pass):
         orders = choose_orders(spaces)
         rewrites = _reorder_weights(result, spaces, orders)
         ledger = []
-        for node, before, after in spaces.shuffles:
-            shuffle = called_module(result, node)
-            assert isinstance(shuffle, ChannelShuffle)
-            left = orders[before].inverse().then(shuffle.order).then(orders[after])
+        for node, before, after, order in spaces.shuffles:
+            left = orders[before].inverse().then(order).then(orders[after])
             if left.is_identity:
                 source = node.all_input_nodes[0]
                 node.replace_all_uses_with(source)
                 result.graph.erase_node(node)
                 entry = _removed(node.name, spaces.spaces[before], spaces.spaces[after], orders)
             else:
-                result.add_submodule(str(node.target), ChannelShuffle(left, shuffle.inserted_for))
+                result.add_submodule(str(node.target), ChannelShuffle(left, _inserted_for(result, node)))
                 reason = _reason_kept(node, spaces, before, after)
                 entry = ShuffleEntry(node.name, len(left), "kept", reason)
             ledger.append(entry)
@@ -71,20 +72,16 @@ class AbsorbShuffles(Pass):
 
 
 def choose_orders(spaces: ChannelSpaces) -> dict[int, ChannelOrder]:
-    """The order r_S of every space by index: a potential that makes every shuffle of a heaviest spanning forest vanish."""
+    """The order r_S of every space by index, such that every shuffle of a heaviest spanning forest vanishes."""
 
     def node_of(index: int) -> int:
         return PINNED if spaces.spaces[index].pins else index
 
     links = nx.MultiGraph()
     links.add_nodes_from(node_of(space.index) for space in spaces.spaces)
-    for node, before, after in spaces.shuffles:
-        shuffle = called_module(node.graph.owning_module, node)
-        assert isinstance(shuffle, ChannelShuffle)
+    for node, before, after, order in spaces.shuffles:
         moved = math.prod(shape_of(node)[1:])
-        links.add_edge(
-            node_of(before), node_of(after), key=node.name, weight=moved, link=(before, after, shuffle.order)
-        )
+        links.add_edge(node_of(before), node_of(after), key=node.name, weight=moved, link=(before, after, order))
     forest = nx.maximum_spanning_tree(links, algorithm="kruskal")
     orders = {space.index: ChannelOrder.identity(space.channels) for space in spaces.spaces}
     roots = [PINNED, *(index for index in orders if index in forest)]
@@ -141,6 +138,12 @@ def _removed(name: str, before: ChannelSpace, after: ChannelSpace, orders: dict[
     return ShuffleEntry(name, before.channels, "cancelled", "it meets its own inverse")
 
 
+def _inserted_for(graph: fx.GraphModule, node: fx.Node) -> str:
+    shuffle = called_module(graph, node)
+    assert isinstance(shuffle, ChannelShuffle)
+    return shuffle.inserted_for
+
+
 def _reason_kept(node: fx.Node, spaces: ChannelSpaces, before: int, after: int) -> str:
     reasons = []
     for index, side in ((before, "before"), (after, "after")):
@@ -148,6 +151,6 @@ def _reason_kept(node: fx.Node, spaces: ChannelSpaces, before: int, after: int) 
         if space.pins:
             reasons.append(f"channels {side} it are fixed by {space.pins[0]}")
         else:
-            others = [other.name for other, *ends in spaces.shuffles if index in ends and other is not node]
+            others = [other.name for other, *ends, _ in spaces.shuffles if index in ends and other is not node]
             reasons.append(f"channels {side} it already follow {', '.join(others)}")
     return "; ".join(reasons)

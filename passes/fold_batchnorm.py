@@ -12,18 +12,18 @@ Result::
 The new weights are computed and kept in float64; they are rounded once, when the network is emitted.
 
 1. The convolution has no other user.
-2. Neither module is used elsewhere.
+2. Neither module, nor a parameter of theirs, is used elsewhere.
 3. The batch norm has running statistics, so that it is an affine map in evaluation mode.
+4. The convolution has not taken in a batch norm before: the certificate repeats one folding, not a chain of them.
 """
 
 from __future__ import annotations
-
-from collections import Counter
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from foldgroup.channels import shared_modules
 from foldgroup.forms import conv_like
 from foldgroup.pipeline import Note, Pass, PassResult, Stage
 from foldgroup.trace import called_module, fork
@@ -38,7 +38,7 @@ class FoldBatchNorm(Pass):
     def run(self, graph: fx.GraphModule) -> PassResult:
         """Fold what can be folded, and say why the rest cannot."""
         result = fork(graph)
-        calls = Counter(node.target for node in result.graph.nodes if node.op == "call_module")
+        shared = shared_modules(result)
         rewrites, skips = [], []
         for node in list(result.graph.nodes):
             norm = called_module(result, node)
@@ -46,17 +46,19 @@ class FoldBatchNorm(Pass):
                 continue
             source = node.all_input_nodes[0]
             conv = called_module(result, source)
-            if not isinstance(conv, nn.Conv2d):
+            if type(conv) is not nn.Conv2d:
                 skips.append(Note(str(node.target), f"it follows {source.name}, which is no convolution"))
             elif len(source.users) > 1:  # rule 1
                 skips.append(Note(str(node.target), f"{source.target} has other users"))
-            elif calls[source.target] > 1 or calls[node.target] > 1:  # rule 2
-                skips.append(Note(str(node.target), "a module used more than once"))
+            elif shared & {source.target, node.target}:  # rule 2
+                skips.append(Note(str(node.target), "it or its convolution is used more than once"))
             elif norm.running_mean is None:  # rule 3
                 skips.append(Note(str(node.target), "no running statistics"))
+            elif "took_in" in source.meta:  # rule 4
+                skips.append(Note(str(node.target), f"{source.target} took in {source.meta['took_in']} already"))
             else:
                 result.add_submodule(str(source.target), fold(conv, norm))
-                source.meta["origin"] = node.meta["origin"]
+                source.meta |= {"origin": node.meta["origin"], "took_in": node.target}
                 node.replace_all_uses_with(source)
                 result.graph.erase_node(node)
                 rewrites.append(Note(str(node.target), f"folded into {source.target}"))

@@ -11,8 +11,8 @@ Result::
     %b = Conv2d(%a, groups=G)         V[o, j] = W[q[o], p[γ·C_in/G + j]] with γ = o div C_out/G
     %y = ChannelShuffle(%b)           y = b[:, q⁻¹]
 
-It is exact: b[:, o] sums W[q[o], p[i]]·x[:, p[i]] over all i, and W vanishes for every i outside group γ, so the G blocks V
-are all there is to sum, and q⁻¹ puts the outputs back where they were.
+It is exact: b[:, o] sums W[q[o], p[i]]·x[:, p[i]] over all i, and W vanishes for every i outside group γ, so the G
+blocks V are all there is to sum, and q⁻¹ puts the outputs back where they were.
 
 1. Shuffles that are the identity are not inserted (adjacent groups, dense and depthwise layers).
 2. A layer called several times is folded once, with shuffles around each call.
@@ -50,10 +50,10 @@ class FoldGroups(Pass):
             node.meta["out_order"] = grouping.out_order
             inserted = 0
             if not grouping.in_order.is_identity:
-                source = node.args[0]
+                source = node.all_input_nodes[0]
                 with result.graph.inserting_before(node):
                     shuffle = _insert(result, f"{node.name}_in", grouping.in_order, source, target)
-                node.args = (shuffle, *node.args[1:])
+                node.replace_input_with(source, shuffle)
                 inserted += 1
             if not grouping.out_order.is_identity:
                 with result.graph.inserting_after(node):
@@ -81,8 +81,9 @@ def _grouped(layer: MaskedConv2d) -> nn.Conv2d:
     return conv_like(layer, weight, bias, grouping.groups)
 
 
-def _insert(graph: fx.GraphModule, name: str, order: ChannelOrder, source: object, layer: str) -> fx.Node:
-    assert isinstance(source, fx.Node)
+def _insert(graph: fx.GraphModule, name: str, order: ChannelOrder, source: fx.Node, layer: str) -> fx.Node:
+    while hasattr(graph, name):  # the network may have a module of that name
+        name += "_"
     graph.add_submodule(name, ChannelShuffle(order, inserted_for=layer))
     shuffle = graph.graph.call_module(name, (source,))
     shuffle.meta = {"origin": source.meta["origin"], "shape": source.meta["shape"]}

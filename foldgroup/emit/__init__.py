@@ -1,0 +1,1 @@
+"""Emitters: a folded graph in the form that a runtime loads."""

@@ -8,10 +8,10 @@ traces and paths is removed; and the weights in the file are compared, bit for b
 from __future__ import annotations
 
 import ast
-import copy
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,8 @@ import torch
 from torch import fx, nn
 
 from foldgroup.errors import EmitError, EquivalenceError
-from foldgroup.trace import called_module
+from foldgroup.forms import with_tensors
+from foldgroup.trace import called_module, fork
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -40,7 +41,9 @@ def export_onnx(graph: fx.GraphModule, input_shape: tuple[int, ...], *, fixed_ba
     """
     import onnx
 
-    model = _to_float32(graph)
+    model = to_float32(graph)
+    for node in model.graph.nodes:
+        node.meta = {}
     # A batch of one would be taken for a constant.
     example = torch.zeros(input_shape if fixed_batch else (2, *input_shape[1:]))
     shapes = None if fixed_batch else ({0: torch.export.Dim(BATCH, min=1)},)
@@ -72,9 +75,21 @@ def export_onnx(graph: fx.GraphModule, input_shape: tuple[int, ...], *, fixed_ba
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
         raise EmitError(f"the exported ONNX model is not valid: {error}") from error
-    content = proto.SerializeToString(deterministic=True)
+    content: bytes = proto.SerializeToString(deterministic=True)
     stored_weights_match(content, model)
     return content
+
+
+def to_float32(graph: fx.GraphModule) -> fx.GraphModule:
+    """The graph in evaluation mode with every tensor rounded once to float32; tensors that are float32 are shared."""
+    result = fork(graph)
+    for name in {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}:
+        module = graph.get_submodule(name)
+        tensors = {key: tensor for key, tensor in (*module.named_parameters(), *module.named_buffers())}
+        wide = {key: t.float() for key, t in tensors.items() if t.is_floating_point() and t.dtype != torch.float32}
+        if wide:
+            result.add_submodule(name, with_tensors(module, wide))
+    return result.eval()
 
 
 def stored_weights_match(model: bytes, graph: fx.GraphModule) -> int:
@@ -124,10 +139,10 @@ def intermediate_outputs(model: bytes, inputs: npt.NDArray[np.float32]) -> dict[
     return dict(zip(names, session.run(names, {INPUT: inputs}), strict=True))
 
 
-def densify(model: bytes) -> bytes:
-    """The same function with every grouped convolution written as a dense one full of zeros: the training form's cost.
+def densify(model: bytes, layers: Collection[str]) -> bytes:
+    """The same function with the grouped convolutions named ``layers`` written as dense ones full of zeros.
 
-    Depthwise layers included: the training form pays for the dense kernel of each.
+    With the learned layers, that is what the training form costs: it pays for the dense kernel of each.
     """
     import onnx
     from onnx import numpy_helper
@@ -136,7 +151,7 @@ def densify(model: bytes) -> bytes:
     tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
     for node in proto.graph.node:
         group = next((a for a in node.attribute if a.name == "group"), None)
-        if node.op_type != "Conv" or group is None or group.i == 1:
+        if node.name not in layers or group is None or group.i == 1:
             continue
         tensor = tensors[node.input[1]]
         grouped = numpy_helper.to_array(tensor)
@@ -147,14 +162,8 @@ def densify(model: bytes) -> bytes:
         tensor.CopyFrom(numpy_helper.from_array(dense, tensor.name))
         group.i = 1
     del proto.graph.value_info[:]  # shapes of the weights have changed
-    return proto.SerializeToString(deterministic=True)
-
-
-def _to_float32(graph: fx.GraphModule) -> fx.GraphModule:
-    model = copy.deepcopy(graph)
-    for node in model.graph.nodes:
-        node.meta = {}
-    return model.to(torch.float32).eval()
+    content: bytes = proto.SerializeToString(deterministic=True)
+    return content
 
 
 def _name_after_layers(proto: ModelProto) -> None:

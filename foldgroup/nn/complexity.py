@@ -44,7 +44,7 @@ def complexity(model: nn.Module) -> Tensor:
 
 
 def budget(model: nn.Module, b: float) -> float:
-    """o = Σ C_in·C_out / b: the ones that b uniform groups would leave (section 4, "Resource Constraint")."""
+    """O = Σ C_in·C_out / b: the ones that b uniform groups would leave (section 4, "Resource Constraint")."""
     return sum(layer.in_channels * layer.out_channels for layer in groupable_layers(model).values()) / b
 
 

@@ -94,7 +94,7 @@ class DGConv2d(nn.Conv2d):
 
     def mask(self) -> Tensor:
         """The mask in the kernel's layout, Uᵀ [C_out, C_in], differentiable in the gates (eq. 7)."""
-        mask = self.weight.new_ones(1, 1)
+        mask: Tensor = self.weight.new_ones(1, 1)
         bits = iter(self.soft_bits().to(self.weight.dtype))
         for a, b in self.factors:
             block = self.weight.new_ones(b, a)
@@ -110,9 +110,10 @@ class DGConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve [N, C_in, H, W] with the masked kernel (eq. 3)."""
-        return self._conv_forward(input, self.masked_weight(), self.bias)
+        result: Tensor = self._conv_forward(input, self.masked_weight(), self.bias)
+        return result
 
     def extra_repr(self) -> str:
         """Conv2d's text, and the group count as it is now."""
         groups = "unknown" if self.gate.is_meta else self.grouping.groups
-        return f"{super().extra_repr()}, learned groups={groups}"
+        return f"{super().extra_repr()}, learned groups={groups}"  # type: ignore[no-untyped-call]

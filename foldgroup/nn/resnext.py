@@ -5,8 +5,9 @@ Importing this module registers the builders, so ``torchvision.models.get_model(
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 from torchvision.models._api import register_model
@@ -41,7 +42,8 @@ class BottleneckConfig:
 
 
 class GroupableResNet(ResNet):  # type: ignore[misc]  # torchvision is untyped
-    """A bottleneck ResNet whose 3×3 convolutions learn their groups; maps [N, in_channels, H, W] to logits [N, classes].
+    """A bottleneck ResNet whose 3×3 convolutions learn their groups; maps [N, in_channels, H, W] to logits [N,
+    classes].
 
     Raises:
         ModelError: if there are not one to four stages, or a stage's output channels are not a multiple of four
@@ -96,31 +98,40 @@ def _resnext(depths: tuple[int, ...], first_width: int, stem: Literal["imagenet"
     )
 
 
-@register_model()
+Builder = TypeVar("Builder", bound=Callable[..., GroupableResNet])
+
+
+def _registered(builder: Builder) -> Builder:
+    """Make ``builder`` known to ``torchvision.models.get_model`` under its own name."""
+    register_model()(builder)
+    return builder
+
+
+@_registered
 def g_resnext50(*, weights: None = None, progress: bool = True, **kwargs: Any) -> GroupableResNet:
     """G-ResNeXt-50 with the widths of 32×4d (Table 1); ``kwargs`` override fields of :class:`BottleneckConfig`."""
     return _build(_resnext((3, 4, 6, 3), 128, "imagenet"), weights, progress, **kwargs)
 
 
-@register_model()
+@_registered
 def g_resnext101(*, weights: None = None, progress: bool = True, **kwargs: Any) -> GroupableResNet:
     """G-ResNeXt-101 with the widths of 32×4d; ``kwargs`` override fields of :class:`BottleneckConfig`."""
     return _build(_resnext((3, 4, 23, 3), 128, "imagenet"), weights, progress, **kwargs)
 
 
-@register_model()
+@_registered
 def g_resnext101_32x8d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> GroupableResNet:
     """G-ResNeXt-101 with the widths of 32×8d; ``kwargs`` override fields of :class:`BottleneckConfig`."""
     return _build(_resnext((3, 4, 23, 3), 256, "imagenet"), weights, progress, **kwargs)
 
 
-@register_model()
+@_registered
 def g_resnext29_cifar(*, weights: None = None, progress: bool = True, **kwargs: Any) -> GroupableResNet:
     """G-ResNeXt-29 for 32×32 images with the widths of 32×4d and ten classes."""
     return _build(_resnext((3, 3, 3), 128, "cifar"), weights, progress, **{"num_classes": 10, **kwargs})
 
 
-@register_model()
+@_registered
 def g_resnext17_cifar(*, weights: None = None, progress: bool = True, **kwargs: Any) -> GroupableResNet:
     """A small network for 32×32 images: five blocks of width 32 to 128, ten classes, 0.6 million weights."""
     stages = (StageConfig(1, 32, 64), StageConfig(2, 64, 128), StageConfig(2, 128, 256))

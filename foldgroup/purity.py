@@ -1,0 +1,117 @@
+"""Whether a graph may be read as equations: every value is what its node computes, and stays so.
+
+Passes move, merge and drop nodes, and the certificate follows values from node to node. Both are right only if
+
+1. every module that is called runs its class's ``forward`` in evaluation mode and nothing else: no hooks, no method
+   replaced on the instance;
+2. what an in-place operation overwrites is read by nothing else, nor is any value that it may be a view of.
+
+Functions and modules that foldgroup does not know are taken to keep to this: that they compute a result from their
+operands and change none, unless their name or a flag says so.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from foldgroup.forms import ChannelShuffle, MaskedConv2d
+from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.trace import called_module, is_no_op
+
+_IN_PLACE_OPERATORS = {
+    getattr(operator, f"i{name}")
+    for name in ("add", "and", "concat", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub")
+} | {operator.itruediv, operator.ixor, operator.setitem}
+
+_NEW_MODULES = {
+    *(
+        nn.Conv2d,
+        DGConv2d,
+        MaskedConv2d,
+        nn.Linear,
+        nn.BatchNorm2d,
+        nn.PReLU,
+        nn.ReLU,
+        nn.ReLU6,
+        nn.SiLU,
+        nn.GELU,
+        nn.ELU,
+    ),
+    *(
+        nn.Hardswish,
+        nn.Hardsigmoid,
+        nn.Sigmoid,
+        nn.Tanh,
+        nn.LeakyReLU,
+        nn.MaxPool2d,
+        nn.AvgPool2d,
+        nn.AdaptiveAvgPool2d,
+    ),
+}
+_NEW_FUNCTIONS = {
+    *(operator.add, operator.mul, operator.sub, torch.add, torch.mul, torch.sub, torch.cat, torch.mean),
+    *(torch.relu, torch.sigmoid, torch.tanh, functional.relu, functional.silu),
+    *(functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d),
+}
+"""What returns a new tensor when it does not work in place; all else might return a view of its operands."""
+
+
+def impurity(graph: fx.GraphModule) -> str | None:
+    """What keeps ``graph`` from being read as equations, and what to do about it; None if nothing does."""
+    for node in graph.graph.nodes:
+        module = called_module(graph, node)
+        for part in module.modules() if module is not None else ():
+            if part.training:
+                return f"{node.target} is in training mode: call eval() on it"
+            if part._forward_hooks or part._forward_pre_hooks:
+                return f"{node.target} has hooks: remove them (torch has functions for weight norm, pruning and so on)"
+            replaced = [name for name, value in vars(part).items() if callable(value) and hasattr(type(part), name)]
+            if replaced:
+                return f"{node.target} has a {replaced[0]}() of its own: make it a class"
+        for value in _overwritten(graph, node):
+            reader = _other_reader(graph, value, node)
+            if reader is not None:
+                return f"{node.name} overwrites {value.name}, which {reader} too: do not work in place"
+    return None
+
+
+def _overwritten(graph: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """The values that ``node`` overwrites: its first operand if it works in place, and what is given as ``out``."""
+    module = called_module(graph, node)
+    if module is not None:
+        in_place = bool(getattr(module, "inplace", False)) and not is_no_op(module)
+    elif node.op in ("call_function", "call_method"):
+        name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
+        in_place = (
+            node.target in _IN_PLACE_OPERATORS
+            or (name.endswith("_") and not name.endswith("__"))
+            or bool(node.kwargs.get("inplace", False))
+        )
+    else:
+        return []
+    out = node.kwargs.get("out")
+    return (node.all_input_nodes[:1] if in_place else []) + ([out] if isinstance(out, fx.Node) else [])
+
+
+def _other_reader(graph: fx.GraphModule, value: fx.Node, reader: fx.Node) -> str | None:
+    """Who but ``reader`` reads ``value`` or something that ``value`` may be a view of."""
+    if value.op == "get_attr":
+        return "the next call reads"
+    others = [user.name for user in value.users if user is not reader]
+    if others or _is_new(graph, value):
+        return f"{others[0]} reads" if others else None
+    operands = _overwritten(graph, value) or value.all_input_nodes  # an in-place operation returns what it overwrote
+    return next((found for operand in operands if (found := _other_reader(graph, operand, value)) is not None), None)
+
+
+def _is_new(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the value of ``node`` is certainly no view of its operands."""
+    module = called_module(graph, node)
+    if isinstance(module, ChannelShuffle):
+        return not module.order.is_identity
+    known = type(module) in _NEW_MODULES or (node.op == "call_function" and node.target in _NEW_FUNCTIONS)
+    return known and not _overwritten(graph, node)

@@ -1,0 +1,1 @@
+"""What foldgroup found, for people: rich renderables. Nothing here prints, and nothing here computes a result."""

@@ -1,0 +1,28 @@
+"""Files that many tests share, made once a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import tiny
+from foldgroup.checkpoint import Preprocessing, save_checkpoint
+from foldgroup.compiler import compile
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny.pt``: :func:`tiny.tiny_network` in foldgroup's own layout. Not to be changed."""
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
+    preprocessing = Preprocessing.standard(tiny.SIZE)
+    save_checkpoint(path, tiny.tiny_network(), "bottleneck-1-2", preprocessing, tiny.CLASSES, training={})
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``tiny.foldgroup``, compiled from ``tiny_checkpoint`` without an engine. Not to be changed."""
+    path = tmp_path_factory.mktemp("bundle") / "tiny.foldgroup"
+    compile(tiny_checkpoint, path, engine=False)
+    return path

@@ -1,0 +1,476 @@
+"""Tiny networks with learned groups for the tests of passes, and what must be true of every pass on each of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from foldgroup.certificate import certify
+from foldgroup.equivalence import seeded_inputs
+from foldgroup.forms import ChannelShuffle
+from foldgroup.nn import DGConv2d
+from foldgroup.pipeline import Pass, PassRecord, Pipeline, PipelineResult, dump
+from foldgroup.trace import called_module, evaluate, trace
+from passes import default_pipeline
+
+PASSES = [step.name for step in default_pipeline().passes]
+EXACT = 1e-12
+"""Greatest float64 difference between a graph and the same after one pass, relative to the largest output."""
+
+
+# ---- building blocks ---------------------------------------------------------------------------------------------
+
+
+def learned(
+    in_channels: int, out_channels: int, bits: tuple[int, ...], kernel: int = 3, **settings: object
+) -> DGConv2d:
+    """A DGConv2d whose gates have the given bits."""
+    settings = {"padding": kernel // 2, **settings}
+    layer = DGConv2d(in_channels, out_channels, kernel, **settings)
+    with torch.no_grad():
+        layer.gate.copy_(torch.tensor(bits) * 2.0 - 1)
+    return layer
+
+
+def conv(in_channels: int, out_channels: int, kernel: int = 1, **settings: object) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel, **{"padding": kernel // 2, "bias": False, **settings})
+
+
+def depthwise(channels: int) -> nn.Conv2d:
+    return conv(channels, channels, 3, groups=channels)
+
+
+def relu_() -> nn.ReLU:
+    return nn.ReLU(inplace=True)
+
+
+class Call(nn.Module):
+    """Any function as a module that tracing looks into."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Residual(nn.Module):
+    """``body(x) + shortcut(x)``."""
+
+    def __init__(self, *body: nn.Module, shortcut: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+        self.shortcut = shortcut or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.shortcut(x)
+
+
+class SqueezeExcite(nn.Module):
+    """``x · gate(mean(x))``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.narrow = nn.Conv2d(channels, 2, 1)
+        self.widen = nn.Conv2d(2, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.widen(functional.relu(self.narrow(x.mean((2, 3), keepdim=True)))))
+
+
+class Twice(nn.Module):
+    """Calls one layer two times."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.relu(self.layer(x)))
+
+
+class Leaf(nn.Module):
+    """An operation that no rule describes: it weighs channels by their position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.arange(x.shape[1], dtype=x.dtype).view(1, -1, 1, 1)
+
+
+Leaf.__module__ = "torch.nn.leaf"  # the tracer keeps what torch.nn defines as one node
+
+
+class TiedWeights(nn.Module):
+    """Two layers of different gates that hold one kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = conv(3, 8), conv(8, 4)
+        self.first, self.second = learned(8, 8, (1, 1, 0)), learned(8, 8, (1, 0, 1))
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.first(x) + self.second(x))
+
+
+class FanOut(nn.Module):
+    """One learned layer whose result three others read, one of them learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.learned = conv(3, 8), learned(8, 8, (1, 1, 0))
+        self.left, self.right, self.norm = conv(8, 4), learned(8, 4, (1, 0)), nn.BatchNorm2d(8)
+        self.head = conv(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.learned(self.stem(x))
+        return self.left(x) + self.right(x) * self.head(self.norm(x))
+
+
+class SameKeywords(nn.Module):
+    """Layers that are given their operand by keyword, one of them called as an inserted shuffle would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learned, self.learned_in, self.head = learned(8, 8, (1, 1, 0)), conv(3, 8), conv(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.learned(input=self.learned_in(input=x))
+        return self.head(input=functional.relu(input=x))
+
+
+# ---- the networks ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network for inputs [2, channels, size, size], and how many shuffles it has before and after absorption."""
+
+    build: Callable[[], nn.Module]
+    inserted: int
+    kept: int = 0
+    channels: int = 3
+    size: int = 5
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return (2, self.channels, self.size, self.size)
+
+
+def bottleneck(channels: int, width: int, bits: tuple[int, ...]) -> Residual:
+    return Residual(
+        *(conv(channels, width), nn.BatchNorm2d(width), relu_()),
+        *(learned(width, width, bits, bias=False), nn.BatchNorm2d(width), relu_()),
+        *(conv(width, channels), nn.BatchNorm2d(channels)),
+    )
+
+
+def classifier(channels: int, *features: nn.Module) -> nn.Module:
+    return nn.Sequential(*features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4))
+
+
+def between(*operations: nn.Module, bits: tuple[int, ...] = (1, 1, 0)) -> Callable[[], nn.Module]:
+    """A learned layer of 8 channels between two dense ones, and ``operations`` behind it."""
+    return lambda: nn.Sequential(conv(3, 8), learned(8, 8, bits), *operations, conv(8, 4))
+
+
+def single(in_channels: int, out_channels: int, bits: tuple[int, ...], **settings: object) -> Callable[[], nn.Module]:
+    """A learned layer between two dense ones."""
+    layer = lambda: learned(in_channels, out_channels, bits, **settings)  # noqa: E731
+    return lambda: nn.Sequential(conv(3, in_channels), layer(), conv(out_channels, 4))
+
+
+CASES: dict[str, Case] = {
+    "bottleneck": Case(
+        lambda: classifier(12, conv(3, 12, 3), nn.BatchNorm2d(12), relu_(), bottleneck(12, 8, (1, 1, 0)), relu_()), 2
+    ),
+    "bottlenecks": Case(
+        lambda: classifier(
+            12,
+            *(conv(3, 12), nn.BatchNorm2d(12), relu_(), nn.MaxPool2d(3, 2, 1)),
+            *(bottleneck(12, 8, (1, 1, 0)), relu_(), bottleneck(12, 12, (1, 0, 1)), relu_()),
+        ),
+        4,
+    ),
+    "two in a row": Case(lambda: nn.Sequential(conv(3, 8), learned(8, 8, (1, 1, 0)), learned(8, 8, (1, 0, 1))), 4, 2),
+    "two alike in a row": Case(
+        lambda: nn.Sequential(conv(3, 8), learned(8, 8, (1, 1, 0)), learned(8, 8, (1, 1, 0)), conv(8, 4)), 4
+    ),
+    "residual stream": Case(
+        lambda: nn.Sequential(conv(3, 8), Residual(nn.ReLU(), learned(8, 8, (1, 1, 0))), conv(8, 4)), 2
+    ),
+    "residual streams": Case(
+        lambda: nn.Sequential(
+            conv(3, 8), Residual(learned(8, 8, (1, 1, 0))), Residual(learned(8, 8, (1, 0, 1))), conv(8, 4)
+        ),
+        *(4, 2),
+    ),
+    "on the input": Case(lambda: nn.Sequential(learned(8, 8, (1, 1, 0)), conv(8, 4)), 2, 1, channels=8),
+    "before the output": Case(lambda: nn.Sequential(conv(3, 8), learned(8, 8, (1, 1, 0))), 2, 1),
+    "alone": Case(lambda: nn.Sequential(learned(8, 8, (1, 1, 0))), 2, 2, channels=8),
+    "norm before the output": Case(
+        lambda: nn.Sequential(conv(3, 8), learned(8, 8, (1, 1, 0)), nn.BatchNorm2d(8)), 2, 1
+    ),
+    "dense gates": Case(single(8, 8, (1, 1, 1)), 0),
+    "depthwise gates": Case(single(8, 8, (0, 0, 0)), 0),
+    "groups adjacent": Case(single(8, 8, (0, 1, 1)), 0),
+    "batch norm": Case(between(nn.BatchNorm2d(8), relu_()), 2),
+    "batch norm alone": Case(between(nn.ReLU(), nn.BatchNorm2d(8)), 2),
+    "batch norm without affine": Case(between(nn.BatchNorm2d(8, affine=False)), 2),
+    "batch norm without statistics": Case(between(nn.BatchNorm2d(8, track_running_stats=False)), 2),
+    "pools": Case(between(nn.MaxPool2d(2), nn.AvgPool2d(2, ceil_mode=True), nn.AdaptiveAvgPool2d(2)), 2),
+    "functional": Case(between(Call(lambda x: functional.max_pool2d(functional.relu(x), 2).contiguous())), 2),
+    "prelu": Case(between(nn.PReLU(8), nn.PReLU(), nn.Hardswish()), 2),
+    "depthwise between": Case(between(depthwise(8), nn.BatchNorm2d(8)), 2),
+    "squeeze and excite": Case(between(SqueezeExcite(8)), 2),
+    "no-ops": Case(between(nn.Identity(), nn.BatchNorm2d(8), nn.Dropout(0.5, inplace=True), nn.Dropout2d()), 2),
+    "arithmetic": Case(between(Call(lambda x: (2 * x - torch.relu(x)) * x + 1)), 2),
+    "in place": Case(between(Call(lambda x: torch.relu(x).mul_(2).add_(x)), relu_()), 2),
+    "grouped": Case(between(conv(8, 8, 3, groups=4)), 2, 1),
+    "depth multiplier": Case(between(conv(8, 16, 3, groups=8), conv(16, 8)), 2, 1),
+    "cat": Case(between(Call(lambda x: torch.cat([x, x.neg()], 1)), conv(16, 8)), 2, 1),
+    "chunk": Case(between(Call(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1))), 2, 1),
+    "leaf": Case(between(Leaf()), 2, 1),
+    "softmax": Case(between(nn.Softmax(1)), 2, 1),
+    "transpose": Case(between(Call(lambda x: x.transpose(1, 2)), nn.ReLU(), conv(5, 8)), 2, 1),
+    "flatten 1×1": Case(
+        lambda: nn.Sequential(
+            between()(), learned(4, 4, (1, 0)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+        ),
+        4,
+    ),
+    "flatten 5×5": Case(
+        lambda: nn.Sequential(conv(3, 4), learned(4, 4, (1, 0)), nn.Flatten(), nn.Linear(100, 3)), 2, 1
+    ),
+    "mean": Case(
+        lambda: nn.Sequential(conv(3, 4), learned(4, 4, (1, 0)), Call(lambda x: x.mean([2, 3])), nn.Linear(4, 3)), 2
+    ),
+    "mean over channels": Case(between(Call(lambda x: x - x.mean(1, keepdim=True))), 2, 1),
+    "linear over width": Case(between(nn.Linear(5, 5)), 2, 1),
+    "broadcast channel": Case(between(Call(lambda x: x * torch.sigmoid(x[:, :1]))), 2, 1),
+    "wider": Case(single(8, 12, (1, 0)), 2),
+    "narrower": Case(single(12, 8, (1, 0)), 2),
+    "twelve": Case(single(12, 12, (1, 0, 0)), 2),
+    "twenty": Case(single(20, 20, (0, 1, 0)), 2),
+    "forty-eight": Case(single(48, 48, (1, 0, 1, 1, 0)), 2),
+    "one by one": Case(single(8, 8, (1, 1, 0), kernel=1), 2),
+    "no bias, strided": Case(single(8, 8, (1, 1, 0), bias=False, stride=2), 2),
+    "dilated": Case(single(8, 8, (1, 0, 1), dilation=2, padding=2), 2),
+    "circular": Case(single(8, 8, (1, 0, 1), padding_mode="circular"), 2),
+    "same padding": Case(single(8, 8, (1, 0, 1), padding="same", padding_mode="reflect"), 2),
+    "layer called twice": Case(lambda: nn.Sequential(conv(3, 8), Twice(learned(8, 8, (1, 1, 0))), conv(8, 4)), 4),
+    "norm called twice": Case(
+        lambda: nn.Sequential(conv(3, 8), learned(8, 8, (1, 1, 0)), Twice(nn.BatchNorm2d(8, affine=False)), conv(8, 4)),
+        *(2, 1),
+    ),
+    "dense layer called twice": Case(between(Twice(conv(8, 8))), 2, 1),
+    "tied weights": Case(TiedWeights, 4, 2),
+    "fan-out": Case(FanOut, 4, 2),
+    "keywords": Case(SameKeywords, 2),
+    "nothing learned": Case(lambda: nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4)), 0),
+    "nothing to fold": Case(lambda: nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)), 0),
+}
+
+
+def filled(model: nn.Module, seed: int = 0) -> nn.Module:
+    """``model`` with weights and batch norm statistics that leave no two channels alike; its gates are left alone."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith("gate") or not tensor.is_floating_point():
+                continue
+            tensor.normal_(generator=generator)
+            if "running_var" in name:
+                tensor.abs_().add_(0.3)
+    return model.eval()
+
+
+# ---- what must be true -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A network's graph before, between and after the passes: ``graphs[i]`` is what pass i was given."""
+
+    shape: tuple[int, ...]
+    graphs: list[fx.GraphModule]
+    result: PipelineResult
+    outputs: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def training(self) -> fx.GraphModule:
+        return self.graphs[0]
+
+    @property
+    def folded(self) -> fx.GraphModule:
+        return self.graphs[-1]
+
+    def given_to(self, name: str) -> fx.GraphModule:
+        return self.graphs[PASSES.index(name)]
+
+    def made_by(self, name: str) -> fx.GraphModule:
+        return self.graphs[PASSES.index(name) + 1]
+
+    def record(self, name: str) -> PassRecord:
+        return self.result.records[PASSES.index(name)]
+
+
+def compiled(model: nn.Module, shape: tuple[int, ...], pipeline: Pipeline | None = None) -> Compiled:
+    """Run the default pipeline on ``model`` and keep every graph."""
+    graphs = [trace(model, shape)]
+    result = (pipeline or default_pipeline()).run(graphs[0], on_pass=lambda _, graph: graphs.append(graph))
+    return Compiled(shape, graphs, result)
+
+
+@cache
+def compiled_case(name: str) -> Compiled:
+    """One of :data:`CASES`, compiled; shared by all tests, which is safe because passes are functional."""
+    torch.manual_seed(0)
+    case = CASES[name]
+    return compiled(filled(case.build()), case.shape)
+
+
+def apply(step: Pass, model: nn.Module, shape: tuple[int, ...] = (2, 3, 5, 5), before: str | None = None) -> Compiled:
+    """Trace ``model``, run the default passes that come before ``step`` (or before the one named), then ``step``."""
+    steps = default_pipeline().passes[: PASSES.index(before or step.name)]
+    return compiled(filled(model), shape, Pipeline((*steps, step)))
+
+
+def shuffles(graph: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in graph.graph.nodes if isinstance(called_module(graph, node), ChannelShuffle)]
+
+
+def node_of(graph: fx.GraphModule, target: str) -> fx.Node:
+    """The one node that calls ``target``."""
+    (node,) = (n for n in graph.graph.nodes if n.target == target)
+    return node
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    assert value.shape == reference.shape
+    return float((value - reference).abs().max() / reference.abs().max())
+
+
+def assert_same_function(before: fx.GraphModule, after: fx.GraphModule, shape: tuple[int, ...]) -> None:
+    inputs = seeded_inputs(shape)
+    assert relative_error(evaluate(after, inputs)["output"], evaluate(before, inputs)["output"]) <= EXACT
+
+
+def assert_lawful(case: Compiled, name: str) -> None:
+    """What every pass owes: the same outputs as the graph it was given, and a certificate against the training form."""
+    assert_same_function(case.given_to(name), case.made_by(name), case.shape)
+    certificate = certify(case.training, case.made_by(name))
+    assert certificate.holds, certificate.failure
+
+
+@contextmanager
+def untouched(graph: fx.GraphModule) -> Iterator[None]:
+    """Fails if the graph or the bytes of one of its tensors are not the same afterwards."""
+    text, tensors = dump(graph), {name: tensor.clone() for name, tensor in graph.state_dict().items()}
+    yield
+    assert dump(graph) == text
+    left = graph.state_dict()
+    assert left.keys() == tensors.keys()
+    assert all(torch.equal(left[name], tensor) for name, tensor in tensors.items())
+
+
+# ---- random networks ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Builder:
+    """Draws operations that fit; ``fresh`` while nothing else reads the last value, so that it may be overwritten."""
+
+    draw: st.DrawFn
+    learned: list[DGConv2d] = field(default_factory=list)
+
+    def chain(self, channels: int, length: int, *, fresh: bool, depth: int = 0) -> tuple[list[nn.Module], int]:
+        layers: list[nn.Module] = []
+        for _ in range(length):
+            kind = self.draw(st.sampled_from(_KINDS if depth == 0 else _KINDS[:-1]))
+            layer, channels = self.layer(kind, channels, fresh, depth)
+            fresh = kind not in ("no-op", "flip")
+            layers.append(layer)
+        return layers, channels
+
+    def layer(self, kind: str, channels: int, fresh: bool, depth: int) -> tuple[nn.Module, int]:
+        if kind == "learned":
+            again = [layer for layer in self.learned if layer.in_channels == layer.out_channels == channels]
+            if again and self.draw(st.integers(0, 4)) == 0:
+                return again[0], channels
+            out = self.draw(st.sampled_from([channels, channels, 8, 12, 20]))
+            gates = len(DGConv2d(channels, out, 1).gate)
+            bits = tuple(self.draw(st.lists(st.integers(0, 1), min_size=gates, max_size=gates)))
+            settings = {"bias": self.draw(st.booleans()), "padding_mode": self.draw(st.sampled_from(_PADDING))}
+            self.learned.append(learned(channels, out, bits, self.draw(st.sampled_from([1, 3])), **settings))
+            return self.learned[-1], out
+        if kind == "dense":
+            out = self.draw(st.sampled_from([8, 12, 20]))
+            return conv(channels, out, bias=self.draw(st.booleans())), out
+        if kind == "residual":
+            body, out = self.chain(channels, self.draw(st.integers(1, 4)), fresh=False, depth=depth + 1)
+            return Residual(*body, shortcut=None if out == channels else conv(channels, out)), out
+        return self.same(kind, channels, fresh), channels
+
+    def same(self, kind: str, channels: int, fresh: bool) -> nn.Module:
+        if kind == "activation":
+            return self.draw(
+                st.sampled_from([nn.ReLU(fresh), nn.PReLU(channels), nn.SiLU(), nn.ReLU6(), nn.ReLU(fresh)])
+            )
+        if kind == "pool":
+            return self.draw(st.sampled_from([nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1)]))
+        return {
+            "norm": lambda: nn.BatchNorm2d(channels),
+            "depthwise": lambda: depthwise(channels),
+            "grouped": lambda: conv(channels, channels, groups=2),
+            "excite": lambda: SqueezeExcite(channels),
+            "no-op": lambda: nn.Dropout(),
+            "flip": lambda: Call(lambda x: x.flip(1)),
+            "square": lambda: Call(lambda x: x * torch.tanh(x) - x),
+        }[kind]()
+
+
+_KINDS = [
+    *("learned", "learned", "learned", "dense", "dense", "norm", "norm", "activation", "pool", "depthwise", "grouped"),
+    *("excite", "no-op", "flip", "square", "residual", "residual"),
+]
+_PADDING = ["zeros", "zeros", "circular", "reflect"]
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
+    """Any chain of operations, residual branches, barriers and shared layers, and an input shape for it."""
+    channels = draw(st.sampled_from([4, 8, 12]))
+    layers, out = _Builder(draw).chain(channels, draw(st.integers(1, 8)), fresh=True)
+    head = draw(st.sampled_from(["none", "pool", "flatten"]))
+    if head == "pool":
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(out, 3)]
+    elif head == "flatten":
+        layers += [nn.Flatten(), nn.Linear(out * 16, 3)]
+    return filled(nn.Sequential(*layers), draw(st.integers(0, 99))), (2, channels, 4, 4)
+
+
+@st.composite
+def bottleneck_networks(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
+    """What a G-ResNeXt is made of: a stem, bottlenecks with any gate bits, a classifier."""
+    layers: list[nn.Module] = [conv(3, 12, 3), nn.BatchNorm2d(12), relu_()]
+    for width in draw(st.lists(st.sampled_from([4, 8, 12, 20, 30]), min_size=1, max_size=3)):
+        gates = len(DGConv2d(width, width, 1).gate)
+        bits = draw(st.lists(st.integers(0, 1), min_size=gates, max_size=gates))
+        layers += [bottleneck(12, width, tuple(bits)), relu_()]
+    return filled(classifier(12, *layers), draw(st.integers(0, 99))), (2, 3, 4, 4)
+
+
+def macs_of(graph: fx.GraphModule) -> int:
+    """Weights of all convolutions: what folding makes fewer of."""
+    modules = (called_module(graph, node) for node in graph.graph.nodes)
+    return sum(math.prod(m.weight.shape) for m in modules if isinstance(m, nn.Conv2d))

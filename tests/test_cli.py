@@ -1,0 +1,249 @@
+"""The command line as its users meet it: results, exit status, one message for a mistake, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from foldgroup.cli import main
+from tiny import CLASSES
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_help_lists_every_verb() -> None:
+    text = run("--help").output
+    for verb in ("inspect", "compile", "verify", "bench", "explain", "bisect", "train"):
+        assert verb in text
+        assert run(verb, "--help").exit_code == 0
+
+
+def test_help_is_quick_because_it_imports_no_torch() -> None:
+    code = "import sys, foldgroup.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_compile_prints_a_summary_and_writes_the_bundle_where_it_says(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run("compile", tiny_checkpoint, "--no-engine", "--check-passes", "--dump-passes", "dumps")
+    assert result.exit_code == 0
+    assert (tmp_path / "tiny.foldgroup" / "model.onnx").is_file()
+    assert not (tmp_path / "tiny.foldgroup" / "model.rtx.plan").exists()
+    names = sorted(path.name for path in (tmp_path / "dumps").iterdir())
+    assert names[0] == "00_trace.txt" and names[1] == "01_decode_gates.txt"
+    again = run("compile", tiny_checkpoint, "--no-engine")
+    assert again.exit_code == 2 and "--force" in again.stderr
+    assert run("compile", tiny_checkpoint, "--no-engine", "--force").exit_code == 0
+
+
+def test_two_compiles_are_byte_identical(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    assert run("compile", tiny_checkpoint, "-o", tmp_path / "b", "--no-engine").exit_code == 0
+    for name in ("manifest.json", "model.onnx", "passes.json", "preprocessing.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (tiny_bundle / name).read_bytes()
+
+
+def test_compile_json_is_the_manifest_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = run("compile", tiny_checkpoint, "-o", tmp_path / "b", "--no-engine", "--json")
+    manifest = json.loads(result.stdout)
+    assert manifest == json.loads((tmp_path / "b" / "manifest.json").read_bytes())
+    assert manifest["schema"] == 1 and manifest["certificate"]["holds"]
+    assert manifest["shuffles"] == {"inserted": 4, "absorbed": 4, "cancelled": 0, "kept": []}
+    assert [layer["groups"] for layer in manifest["layers"]] == [2, 4, 4]
+    assert manifest["macs"]["executed"] == manifest["macs"]["nominal"] < manifest["macs"]["training"]
+    assert manifest["params"]["folded"] < manifest["params"]["training"]
+
+
+def test_no_path_and_no_time_in_the_manifest(tiny_bundle: Path) -> None:
+    text = (tiny_bundle / "manifest.json").read_text()
+    assert str(tiny_bundle.parent) not in text and "seconds" not in text and "2026" not in text
+
+
+def test_compile_with_a_fixed_batch_and_another_size(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = run("compile", tiny_checkpoint, "-o", tmp_path / "b", "--no-engine", "--batch", 2, "--input-size", 24)
+    assert result.exit_code == 0
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_bytes())
+    assert manifest["input"]["shape"] == [2, 3, 24, 24] and manifest["output"]["shape"] == [2, len(CLASSES)]
+    assert run("verify", tiny_checkpoint, tmp_path / "b").exit_code == 0
+
+
+def test_verify_with_and_without_the_checkpoint(tiny_checkpoint: Path, tiny_bundle: Path) -> None:
+    assert run("verify", tiny_bundle).exit_code == 0
+    report = json.loads(run("verify", tiny_checkpoint, tiny_bundle, "--json").stdout)
+    assert report["passed"]
+    assert {"files", "checkpoint", "certificate", "ONNX weights", "float64"} <= {c["name"] for c in report["checks"]}
+
+
+def images(folder: Path, classes: tuple[str, ...]) -> Path:
+    from PIL import Image
+
+    for i, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), (40 * i, 90, 20)).save(folder / name / "0.png")
+    return folder
+
+
+def test_verify_on_labelled_images(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    folder = images(tmp_path / "images", CLASSES[1:4])  # some of the classes: matched by name
+    report = json.loads(run("verify", tiny_checkpoint, tiny_bundle, "--data", folder, "--json").stdout)
+    assert report["passed"] and report["tiers"]["onnxruntime fp32, images"]["images"] == 3
+    assert 0 <= report["top1_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "unknown class", "broken image"])
+def test_unusable_images_are_one_clear_error(tiny_bundle: Path, tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "images"
+    if kind == "empty":
+        folder.mkdir()
+    elif kind == "unknown class":
+        images(folder, ("ant", "zebra"))
+    elif kind == "broken image":
+        images(folder, ("ant", "bee"))
+        (folder / "bee" / "0.png").write_bytes(b"no image")
+    result = run("verify", tiny_bundle, "--data", folder)
+    assert result.exit_code == 2 and str(folder) in result.stderr
+
+
+def test_verify_fails_with_status_1_for_another_checkpoint(tiny_bundle: Path, tmp_path: Path) -> None:
+    import torch
+
+    from foldgroup.checkpoint import Preprocessing, save_checkpoint
+    from tiny import SIZE, tiny_network
+
+    model = tiny_network()
+    with torch.no_grad():
+        model.layer2[0].conv1.weight[3, 1] += 1e-3
+    save_checkpoint(tmp_path / "other.pt", model, "other", Preprocessing.standard(SIZE), CLASSES, training={})
+    result = run("verify", tmp_path / "other.pt", tiny_bundle)
+    assert result.exit_code == 1
+    assert "layer2.0.conv1" in result.output  # the first layer that is off
+
+
+def test_verify_fails_with_status_1_for_a_changed_model(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    copy = shutil.copytree(tiny_bundle, tmp_path / "copy")
+    content = bytearray((copy / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / "model.onnx").write_bytes(content)
+    result = run("verify", tiny_checkpoint, copy)
+    assert result.exit_code == 1 and "SHA-256" in result.output
+
+
+def test_bisect_finds_nothing_in_a_sound_pipeline(tiny_checkpoint: Path) -> None:
+    result = run("bisect", tiny_checkpoint)
+    assert result.exit_code == 0 and "Every pass" in result.output
+
+
+ENTRY_POINT = """\
+from foldgroup.forms import with_tensors
+from foldgroup.pipeline import Note, Pass, PassResult
+from foldgroup.trace import fork
+
+
+class Spoil(Pass):
+    name = "spoil"
+    {place}
+
+    def run(self, graph):
+        result = fork(graph)
+        weight = graph.get_submodule("layer2.0.conv1").weight.detach().clone()
+        weight[0, 0] += {change}
+        result.add_submodule("layer2.0.conv1", with_tensors(graph.get_submodule("layer2.0.conv1"), {{"weight": weight}}))
+        return PassResult(result, (Note("layer2.0.conv1", "spoiled"),))
+"""
+
+
+def with_entry_point(folder: Path, place: str, change: float) -> dict[str, str]:
+    """An installed package that offers a pass, as an environment for a subprocess."""
+    (folder / "spoiler.py").write_text(ENTRY_POINT.format(place=place, change=change))
+    metadata = folder / "spoiler-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: spoiler\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text("[foldgroup.passes]\nspoil = spoiler:Spoil\n")
+    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+def command(*arguments: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "foldgroup.cli", *map(str, arguments)]
+    return subprocess.run(line, env=env, capture_output=True, text=True)
+
+
+def test_a_pass_from_another_package_that_breaks_the_network_is_caught_and_named(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    env = with_entry_point(tmp_path, 'after = "absorb_shuffles"', 1e-3)
+    compiled = command("compile", tiny_checkpoint, "-o", tmp_path / "b", "--no-engine", env=env)
+    assert compiled.returncode == 1 and "layer2.0.conv1" in compiled.stderr
+    assert "Traceback" not in compiled.stderr and not (tmp_path / "b").exists()
+    bisected = command("bisect", tiny_checkpoint, env=env)
+    assert bisected.returncode == 1 and "spoil:" in bisected.stderr
+
+
+def test_a_pass_that_does_not_say_where_it_goes_is_bad_input(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    env = with_entry_point(tmp_path, "", 0)
+    result = command("bisect", tiny_checkpoint, env=env)
+    assert result.returncode == 2 and "spoil" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("compile", "{missing}"),
+        ("compile", "{text}"),
+        ("compile", "{folder}"),
+        ("compile", "{checkpoint}", "--gpu", "sm12"),
+        ("compile", "{checkpoint}", "--arch", "g_resnext50"),
+        ("compile", "{checkpoint}", "--arch", "nonsense"),
+        ("compile", "{checkpoint}", "-o", "{missing}/deeper"),
+        ("compile", "{checkpoint}", "--gpu", "sm80", "--no-engine"),
+        ("inspect", "{missing}"),
+        ("inspect", "{text}"),
+        ("inspect", "{folder}"),
+        ("verify", "{text}"),
+        ("verify", "{missing}", "{folder}"),
+        ("verify", "{text}", "{text}", "{text}"),
+        ("bench", "{folder}"),
+        ("explain", "{missing}"),
+        ("bisect", "{text}"),
+        ("train", "{missing}", "-o", "{folder}/c.pt", "--arch", "g_resnext17_cifar", "--complexity", "8"),
+        ("train", "{folder}", "-o", "{folder}/c.pt", "--arch", "resnet18", "--complexity", "8"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_message_with_status_2_and_nothing_written(
+    arguments: tuple[str, ...], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, text = tmp_path / "folder", tmp_path / "text.pt"
+    folder.mkdir()
+    text.write_text("no checkpoint")
+    places = {"missing": tmp_path / "missing", "text": text, "folder": folder, "checkpoint": tiny_checkpoint}
+    result = run(*(argument.format(**places) for argument in arguments))
+    assert result.exit_code == 2, result.output
+    assert "Error: " in result.stderr and "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert sorted(tmp_path.rglob("*")) == [folder, text]
+
+
+def test_explain_and_inspect_and_bench_show_something(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+    assert "absorb_shuffles" in run("explain", tiny_bundle).output
+    assert json.loads(run("inspect", tiny_checkpoint, "--json").stdout)["layers"]
+    assert "layer1.0.conv2" in run("inspect", tiny_bundle).output
+    result = run("bench", tiny_bundle, "--seconds", 1, "--json", tmp_path / "bench.json")
+    assert result.exit_code == 0 and json.loads((tmp_path / "bench.json").read_text())

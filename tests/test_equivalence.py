@@ -1,0 +1,104 @@
+"""Error statistics, limits, and finding the layer that is off."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from foldgroup.certificate import certify
+from foldgroup.equivalence import (
+    LIMITS,
+    ErrorStatistics,
+    TierResult,
+    first_layer_over,
+    float64_error,
+    layer_errors,
+    pass_check,
+    runtime_layer_errors,
+    seeded_inputs,
+)
+from foldgroup.errors import EquivalenceError
+from foldgroup.forms import with_tensors
+from foldgroup.trace import evaluate, fork, trace
+from passes import default_pipeline
+from tiny import SIZE, tiny_network
+
+SHAPE = (2, 3, SIZE, SIZE)
+
+
+@given(st.floats(1e-6, 1e6), st.floats(0, 1e-2))
+def test_errors_are_relative_to_the_largest_reference(scale: float, error: float) -> None:
+    reference = np.array([[1.0, -4.0, 2.0]]) * scale
+    outputs = reference + np.array([[0.0, 0.0, error * 4 * scale]])
+    seen = ErrorStatistics.of(outputs, reference)
+    assert seen.max_error == pytest.approx(error, rel=1e-6, abs=1e-12)
+    assert seen.median_error == pytest.approx(0, abs=1e-12)
+    assert seen.top1_agreement == 1.0
+
+
+def test_agreement_counts_images_with_the_same_largest_logit() -> None:
+    reference = np.array([[1.0, 2.0], [2.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    outputs = reference.copy()
+    outputs[0] = outputs[0, ::-1]
+    assert ErrorStatistics.of(outputs, reference).top1_agreement == 0.75
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_outputs_that_are_no_numbers_are_a_failure(bad: float) -> None:
+    with pytest.raises(EquivalenceError, match="not a number"):
+        ErrorStatistics.of(np.array([[bad, 1.0]]), np.ones((1, 2)))
+
+
+def test_another_shape_is_a_failure() -> None:
+    with pytest.raises(EquivalenceError, match="shape"):
+        ErrorStatistics.of(np.ones((1, 3)), np.ones((1, 2)))
+
+
+def test_a_zero_reference_is_compared_absolutely() -> None:
+    assert ErrorStatistics.of(np.full((1, 2), 0.5), np.zeros((1, 2))).max_error == 0.5
+
+
+def test_a_tier_is_truthy_iff_every_limit_is_kept_and_tells_the_tolerance_that_would_pass() -> None:
+    reference = np.array([[1.0, 2.0]])
+    good = TierResult("t", ErrorStatistics.of(reference + 1e-7, reference), LIMITS["fp32"])
+    bad = TierResult("t", ErrorStatistics.of(reference + np.array([[2.5, 0.0]]), reference), LIMITS["fp32"])
+    assert good and not bad
+    assert len(bad.violations) == 3
+    assert bad.as_dict()["smallest_passing_tolerance"] == 1.25
+
+
+def test_seeded_inputs_repeat() -> None:
+    assert torch.equal(seeded_inputs(SHAPE), seeded_inputs(SHAPE))
+    assert not torch.equal(seeded_inputs(SHAPE), seeded_inputs(SHAPE, seed=1))
+
+
+def test_layer_errors_look_through_channel_orders_and_find_the_first_layer_that_is_off() -> None:
+    training = trace(tiny_network(), (1, *SHAPE[1:]))
+    folded = default_pipeline().run(training).graph
+    certificate = certify(training, folded)
+    inputs = seeded_inputs(SHAPE)
+    errors = layer_errors(training, folded, certificate, inputs)
+    assert len(errors) > 20 and max(errors.values()) < 1e-12
+    spoiled = fork(folded)
+    layer = folded.get_submodule("layer2.0.conv2")
+    spoiled.add_submodule("layer2.0.conv2", with_tensors(layer, {"weight": layer.weight * 1.001}))
+    assert not certify(training, spoiled).holds
+    off = layer_errors(training, spoiled, certificate, inputs)
+    assert first_layer_over(off, 1e-9) == "layer2_0_conv2"
+    assert float64_error(evaluate(training, inputs)["output"], spoiled, inputs) > 1e-9
+    difference = pass_check(training, inputs)(spoiled)
+    assert difference is not None and "certificate: layer2.0.conv2" in difference and "float64 error" in difference
+    assert pass_check(training, inputs)(folded) is None
+
+
+def test_runtime_values_are_compared_by_layer_name() -> None:
+    graph = trace(tiny_network(), (1, *SHAPE[1:]))
+    inputs = seeded_inputs(SHAPE)
+    kept = evaluate(graph, inputs, keep=True)
+    values = {"conv1": kept["conv1"].numpy(), "fc": kept["fc"].numpy() + 1}
+    errors = runtime_layer_errors(graph, values, inputs)
+    assert errors["conv1"] == 0 and errors["fc"] > 1e-3
+    assert first_layer_over(errors, 1e-9) == "fc"

@@ -1,0 +1,51 @@
+"""The committed example: trained, not made up, and compiled as the README promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import foldgroup
+from foldgroup.bundle import Bundle
+from foldgroup.nn.complexity import budget, complexity
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CHECKPOINT = EXAMPLES / "g_resnext17_cifar10.pt"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return foldgroup.compile(CHECKPOINT, tmp_path_factory.mktemp("example") / "b", gpu=["sm80", "sm89", "sm120"])
+
+
+def test_it_meets_its_budget_with_several_group_counts() -> None:
+    record = torch.load(CHECKPOINT, weights_only=True)["training"]
+    model = foldgroup.load(CHECKPOINT).model
+    assert complexity(model).item() <= budget(model, record["complexity"])
+    assert record["history"][record["kept_epoch"] - 1]["zeta_over_budget"] <= 1
+    assert CHECKPOINT.stat().st_size < 5e6
+
+
+def test_it_folds_with_no_shuffle_left_and_a_certificate(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    assert manifest["certificate"]["holds"]
+    assert manifest["shuffles"]["kept"] == []
+    assert len({layer["groups"] for layer in manifest["layers"]}) >= 3
+    assert bundle.verification["float64_max_error"] <= 1e-9
+
+
+def test_onnx_runtime_agrees_on_every_committed_image(bundle: Bundle) -> None:
+    verification = foldgroup.verify(bundle.path, CHECKPOINT, data=EXAMPLES / "images")
+    assert verification
+    tier = verification.tiers["onnxruntime fp32, images"]
+    assert tier.statistics.images == 300
+    assert tier.statistics.top1_agreement == 1.0
+    assert verification.top1_accuracy is not None and verification.top1_accuracy > 0.75
+
+
+def test_its_engine_covers_the_gpus_asked_for(bundle: Bundle) -> None:
+    (engine,) = bundle.engines["engines"]
+    assert engine["compute_capabilities"] == ["sm80", "sm89", "sm120"]
+    assert (bundle.path / engine["file"]).stat().st_size == engine["bytes"] > 100_000
