@@ -28,7 +28,8 @@ def main(checkpoint: Path, output: Path) -> None:
     for entry in history:
         print(
             f"| {entry['epoch']} | {entry['loss']:.3f} | {entry['train_accuracy']:.1f} | "
-            f"{entry['holdout_accuracy']:.1f} | {entry['zeta_over_budget']:.3f} | {' '.join(map(str, entry['groups']))} |"
+            f"{entry['holdout_accuracy']:.1f} | {entry['zeta_over_budget']:.3f} | "
+            f"{' '.join(map(str, entry['groups']))} |"
         )
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3), constrained_layout=True)
     left.plot(epochs, [e["train_accuracy"] for e in history], "o-", label="training, augmented")

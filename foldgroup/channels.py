@@ -284,9 +284,9 @@ MODULE_RULES: dict[type[nn.Module], Callable[[fx.Node, nn.Module], Rule]] = {
 
 CALL_RULES: dict[object, Callable[[fx.Node], Rule]] = {
     **dict.fromkeys(
-        (operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, "add", "add_"), _elementwise
+        (operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.isub), _elementwise
     ),
-    **dict.fromkeys((torch.add, torch.mul, torch.sub, "mul", "mul_"), _elementwise),
+    **dict.fromkeys((torch.add, torch.mul, torch.sub, "add", "add_", "mul", "mul_", "sub", "sub_"), _elementwise),
     **dict.fromkeys(
         (torch.relu, functional.relu, torch.sigmoid, torch.tanh, functional.silu, "relu", "relu_"), _elementwise_call
     ),

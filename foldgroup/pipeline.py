@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from foldgroup.errors import EquivalenceError, PassError
+from foldgroup.errors import EquivalenceError, PassError, TraceError
 from foldgroup.forms import ChannelShuffle, MaskedConv2d, settings
 from foldgroup.nn.dgconv import DGConv2d
 from foldgroup.purity import impurity
@@ -255,6 +255,11 @@ def _run_checked(step: Pass, graph: fx.GraphModule, gives: Stage) -> PassResult:
         result.graph.recompile()
     except Exception as error:
         raise PassError(f"pass {step.name} made a malformed graph: {error}") from error
+    if any("shape" not in node.meta for node in result.graph.graph.nodes if node.op != "output"):
+        try:
+            attach_shapes(result.graph, shape_of(next(iter(result.graph.graph.nodes))))
+        except TraceError as error:
+            raise PassError(f"pass {step.name} made a graph that does not run: {error}") from error
     impure = impurity(result.graph)
     if impure is not None:
         raise PassError(f"pass {step.name} made a graph that is not pure: {impure}")
@@ -266,8 +271,6 @@ def _run_checked(step: Pass, graph: fx.GraphModule, gives: Stage) -> PassResult:
             )
         if before.get(node.name) != (node.op, node.target, id(module)):
             node.meta["made_by"] = step.name
-    if any("shape" not in node.meta for node in result.graph.graph.nodes if node.op != "output"):
-        attach_shapes(result.graph, shape_of(next(iter(result.graph.graph.nodes))))
     return result
 
 

@@ -16,16 +16,14 @@ import operator
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import inplace_methods
 from torch.nn import functional
 
 from foldgroup.forms import ChannelShuffle, MaskedConv2d
 from foldgroup.nn.dgconv import DGConv2d
 from foldgroup.trace import called_module, is_no_op
 
-_IN_PLACE_OPERATORS = {
-    getattr(operator, f"i{name}")
-    for name in ("add", "and", "concat", "floordiv", "lshift", "matmul", "mod", "mul", "or", "pow", "rshift", "sub")
-} | {operator.itruediv, operator.ixor, operator.setitem}
+_IN_PLACE_OPERATORS = {getattr(operator, name) for name in inplace_methods}
 
 _NEW_MODULES = {
     *(
@@ -80,7 +78,7 @@ def impurity(graph: fx.GraphModule) -> str | None:
 
 
 def _overwritten(graph: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
-    """The values that ``node`` overwrites: its first operand if it works in place, and what is given as ``out``."""
+    """The tensors that ``node`` overwrites: its first operand if it works in place, and what is given as ``out``."""
     module = called_module(graph, node)
     if module is not None:
         in_place = bool(getattr(module, "inplace", False)) and not is_no_op(module)
@@ -93,8 +91,8 @@ def _overwritten(graph: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
         )
     else:
         return []
-    out = node.kwargs.get("out")
-    return (node.all_input_nodes[:1] if in_place else []) + ([out] if isinstance(out, fx.Node) else [])
+    written = [*(node.all_input_nodes[:1] if in_place else ()), node.kwargs.get("out")]
+    return [value for value in written if isinstance(value, fx.Node) and "shape" in value.meta]
 
 
 def _other_reader(graph: fx.GraphModule, value: fx.Node, reader: fx.Node) -> str | None:

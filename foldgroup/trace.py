@@ -11,20 +11,42 @@ Two entries of ``node.meta`` are foldgroup's own:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.passes.shape_prop import ShapeProp
 
 from foldgroup.errors import TraceError
 from foldgroup.nn.dgconv import DGConv2d
 
 
+class _Proxy(fx.Proxy):
+    """Keeps ``x += y`` what it is. Plain torch.fx records ``x = x + y``, which other names of x would not see."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._overwritten_by(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._overwritten_by(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._overwritten_by(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._overwritten_by(operator.itruediv, other)
+
+    def _overwritten_by(self, operation: Callable[[Any, Any], Any], other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Keeps torch's own layers and DGConv2d as single nodes."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, DGConv2d) or super().is_leaf_module(m, module_qualified_name)
@@ -64,19 +86,31 @@ def attach_shapes(graph: fx.GraphModule, input_shape: tuple[int, ...]) -> None:
     Raises:
         TraceError: if the graph does not accept this shape.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     dtype = next((p.dtype for p in graph.parameters()), torch.float32)
-    with mode:
-        example = torch.empty(input_shape, dtype=dtype)
-    try:
-        ShapeProp(graph, fake_mode=mode).propagate(example)
-    except Exception as error:
-        raise TraceError(f"the network does not accept an input of shape {list(input_shape)}: {error}") from error
-    for node in graph.graph.nodes:
-        info = node.meta.pop("tensor_meta", None)
-        node.meta.pop("type", None)
-        if hasattr(info, "shape"):
-            node.meta["shape"] = tuple(int(n) for n in info.shape)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        shapes = _Shapes(graph)
+        shapes.extra_traceback = False  # our error names the node
+        shapes.run(torch.empty(input_shape, dtype=dtype))
+
+
+class _Shapes(fx.Interpreter):
+    """Notes the shape of every tensor it meets."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            shape = list(shape_of(next(iter(n.graph.nodes))))
+            raise TraceError(f"the network does not accept an input of shape {shape}: {n.target}: {error}") from error
+        if isinstance(value, Tensor):
+            n.meta["shape"] = tuple(value.shape)
+        return value
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        if isinstance(module, DGConv2d):  # the mask does not change the shape, and takes long to make
+            return nn.Conv2d.forward(module, *args, **kwargs)
+        return super().call_module(target, args, kwargs)
 
 
 def fork(graph: fx.GraphModule) -> fx.GraphModule:

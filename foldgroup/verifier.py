@@ -227,5 +227,8 @@ def _labelled_batches(bundle: Bundle, data: Path) -> Iterator[tuple[Tensor, Tens
     number = torch.tensor([names.index(name) if names else i for i, name in enumerate(images.classes)])
     fixed = bundle.manifest["input"]["shape"][0]
     batch = fixed if isinstance(fixed, int) else BATCH
-    for batch_images, labels in DataLoader(images, batch_size=batch, drop_last=isinstance(fixed, int)):
-        yield batch_images, number[labels]
+    try:
+        for batch_images, labels in DataLoader(images, batch_size=batch, drop_last=isinstance(fixed, int)):
+            yield batch_images, number[labels]
+    except OSError as error:  # Pillow's errors are
+        raise BundleError(f"{data}: an image cannot be read ({error}); remove or replace it") from error

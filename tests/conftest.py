@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 import tiny
+
 from foldgroup.checkpoint import Preprocessing, save_checkpoint
 from foldgroup.compiler import compile
 

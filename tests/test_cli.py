@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from tiny import CLASSES
 
 from foldgroup.cli import main
-from tiny import CLASSES
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,9 +119,9 @@ def test_unusable_images_are_one_clear_error(tiny_bundle: Path, tmp_path: Path, 
 
 def test_verify_fails_with_status_1_for_another_checkpoint(tiny_bundle: Path, tmp_path: Path) -> None:
     import torch
+    from tiny import SIZE, tiny_network
 
     from foldgroup.checkpoint import Preprocessing, save_checkpoint
-    from tiny import SIZE, tiny_network
 
     model = tiny_network()
     with torch.no_grad():
@@ -162,9 +162,10 @@ class Spoil(Pass):
 
     def run(self, graph):
         result = fork(graph)
-        weight = graph.get_submodule("layer2.0.conv1").weight.detach().clone()
+        layer = graph.get_submodule("layer2.0.conv1")
+        weight = layer.weight.detach().clone()
         weight[0, 0] += {change}
-        result.add_submodule("layer2.0.conv1", with_tensors(graph.get_submodule("layer2.0.conv1"), {{"weight": weight}}))
+        result.add_submodule("layer2.0.conv1", with_tensors(layer, {{"weight": weight}}))
         return PassResult(result, (Note("layer2.0.conv1", "spoiled"),))
 """
 

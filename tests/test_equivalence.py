@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import SIZE, tiny_network
 
 from foldgroup.certificate import certify
 from foldgroup.equivalence import (
@@ -24,7 +25,6 @@ from foldgroup.errors import EquivalenceError
 from foldgroup.forms import with_tensors
 from foldgroup.trace import evaluate, fork, trace
 from passes import default_pipeline
-from tiny import SIZE, tiny_network
 
 SHAPE = (2, 3, SIZE, SIZE)
 

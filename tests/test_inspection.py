@@ -5,11 +5,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from tiny import BITS, CLASSES, SIZE, tiny_network
 
 from foldgroup.errors import BundleError, CheckpointError
 from foldgroup.inspection import Inspection, LayerInspection, inspect
 from foldgroup.nn import budget, complexity
-from tiny import BITS, CLASSES, SIZE, tiny_network
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,7 @@ def to_float32(graph: fx.GraphModule) -> fx.GraphModule:
     result = fork(graph)
     for name in {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}:
         module = graph.get_submodule(name)
-        tensors = {key: tensor for key, tensor in (*module.named_parameters(), *module.named_buffers())}
+        tensors = dict((*module.named_parameters(), *module.named_buffers()))
         wide = {key: t.float() for key, t in tensors.items() if t.is_floating_point() and t.dtype != torch.float32}
         if wide:
             result.add_submodule(name, with_tensors(module, wide))

@@ -115,7 +115,7 @@ def _set_profile(builder: Any, network: Any, config: Any) -> tuple[int, int, int
 
 def _parser_errors(parser: Any) -> str:
     errors = [parser.get_error(i) for i in range(parser.num_errors)]
-    return "; ".join(f"{error.node_name() or 'network'}: {error.desc()}" for error in errors)
+    return "; ".join(f"{e.node_name() or 'network'} ({e.node_operator()}): {e.desc()}" for e in errors)
 
 
 def _first(messages: list[str]) -> str:

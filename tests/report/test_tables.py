@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
+from tiny import BITS
 
 from foldgroup.benchmarking import FOLDED, TRAINING, BenchmarkReport, Comparison, Subject
 from foldgroup.bundle import Bundle, read_bundle
@@ -25,7 +26,6 @@ from foldgroup.report.tables import (
     verification_table,
 )
 from foldgroup.verifier import CheckResult, Verification
-from tiny import BITS
 
 
 def shown(renderable: RenderableType) -> str:
