@@ -61,6 +61,8 @@ class ChannelShuffle(nn.Module):
             assert self.index is not None
             return input.index_select(1, self.index)
         k = len(self.digits.axes)
+        if k == 0:  # one channel
+            return input
         split = torch.unflatten(input, 1, self.digits.radices)
         moved = split.permute(0, *(1 + axis for axis in self.digits.axes), *range(k + 1, split.ndim))
         return moved.flatten(1, k)

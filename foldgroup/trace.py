@@ -11,8 +11,10 @@ Two entries of ``node.meta`` are foldgroup's own:
 from __future__ import annotations
 
 import copy
+import logging
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,18 +89,22 @@ def attach_shapes(graph: fx.GraphModule, input_shape: tuple[int, ...]) -> None:
         TraceError: if the graph does not accept this shape.
     """
     dtype = next((p.dtype for p in graph.parameters()), torch.float32)
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        shapes = _Shapes(graph)
-        shapes.extra_traceback = False  # our error names the node
-        shapes.run(torch.empty(input_shape, dtype=dtype))
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        _Shapes(graph, mode).run(torch.empty(input_shape, dtype=dtype))
 
 
 class _Shapes(fx.Interpreter):
     """Notes the shape of every tensor it meets."""
 
+    def __init__(self, graph: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(graph)
+        self.mode = mode
+        self.extra_traceback = False  # our error names the node
+
     def run_node(self, n: fx.Node) -> Any:
         try:
-            value = super().run_node(n)
+            with _without_log("torch._subclasses.fake_tensor"):
+                value = super().run_node(n)
         except Exception as error:
             shape = list(shape_of(next(iter(n.graph.nodes))))
             raise TraceError(f"the network does not accept an input of shape {shape}: {n.target}: {error}") from error
@@ -111,6 +117,21 @@ class _Shapes(fx.Interpreter):
         if isinstance(module, DGConv2d):  # the mask does not change the shape, and takes long to make
             return nn.Conv2d.forward(module, *args, **kwargs)
         return super().call_module(target, args, kwargs)
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = self.fetch_attr(target)  # as a fake, or an in-place operation would write into the network
+        return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _without_log(name: str) -> Iterator[None]:
+    """Keeps a logger of torch's from printing what we raise as an error of our own."""
+    logger = logging.getLogger(name)
+    logger.disabled, before = True, logger.disabled
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def fork(graph: fx.GraphModule) -> fx.GraphModule:

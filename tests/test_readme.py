@@ -24,6 +24,15 @@ def test_the_test_command_is_the_one_that_ci_runs() -> None:
     assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1] == "uv run pytest"
 
 
+def test_the_figures_are_those_of_the_committed_results() -> None:
+    sys.path.insert(0, str(ROOT))
+    try:
+        from bench.figures import figures, readme_with
+    finally:
+        sys.path.remove(str(ROOT))
+    assert readme_with(figures(), README) == README
+
+
 def test_every_other_command_is_foldgroups() -> None:
     assert all(command == "uv run pytest" or command.startswith("uv run foldgroup ") for command in COMMANDS)
 

@@ -1,0 +1,201 @@
+"""From a module to a graph, and running it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graphs import CASES, Call, Residual, compiled_case, conv, filled, learned, node_of, relu_, untouched
+from torch import Tensor, nn
+from torch.nn import functional
+
+from foldgroup.errors import TraceError
+from foldgroup.nn import DGConv2d, g_resnext17_cifar
+from foldgroup.trace import attach_shapes, called_module, evaluate, fork, is_no_op, shape_of, trace
+
+SHAPE = (2, 3, 5, 5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_graph_computes_what_the_module_does(name):
+    torch.manual_seed(0)
+    model, shape = filled(CASES[name].build()), CASES[name].shape
+    x = torch.randn(shape)
+    assert torch.equal(trace(model, shape)(x.clone()), model(x.clone()))
+
+
+def test_learned_layers_and_torchs_own_are_single_nodes():
+    graph = trace(g_resnext17_cifar(), (1, 3, 8, 8))
+    called = [called_module(graph, node) for node in graph.graph.nodes if node.op == "call_module"]
+    assert sum(isinstance(module, DGConv2d) for module in called) == 5
+    assert sum(type(module) is nn.BatchNorm2d for module in called) == 19
+    assert not any(isinstance(module, nn.Sequential) for module in called)
+
+
+def test_every_node_has_its_origin_and_every_tensor_its_shape():
+    graph = trace(nn.Sequential(conv(3, 8, 3, stride=2), Call(lambda x: x.chunk(2, 1)[0])), SHAPE)
+    assert {node.name: node.meta for node in graph.graph.nodes} == {
+        "input_1": {"origin": "input_1", "shape": (2, 3, 5, 5)},
+        "_0": {"origin": "_0", "shape": (2, 8, 3, 3)},
+        "chunk": {"origin": "chunk"},
+        "getitem": {"origin": "getitem", "shape": (2, 4, 3, 3)},
+        "output": {"origin": "output", "shape": (2, 4, 3, 3)},
+    }
+    assert shape_of(node_of(graph, "0")) == (2, 8, 3, 3)
+    assert shape_of(next(node for node in graph.graph.nodes if node.name == "chunk")) == ()
+
+
+def test_parameters_are_shared_and_the_module_is_left_in_evaluation_mode():
+    model = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8))
+    assert model.training
+    before = model[1].running_mean.clone()
+    graph = trace(model, SHAPE)
+    assert not model.training
+    assert graph.get_submodule("0").weight is model[0].weight
+    assert torch.equal(model[1].running_mean, before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Branches(), "Branches cannot be traced: .* Move what depends on the values of tensors out of forward()"),
+        (TwoInputs(), "TwoInputs takes 2 inputs: wrap it in a module that takes one tensor"),
+        (conv(4, 8), r"cannot be traced|does not accept an input of shape \[2, 3, 5, 5\]"),
+        (
+            nn.Sequential(conv(3, 8), nn.Sequential(conv(4, 8))),
+            r"the network does not accept an input of shape \[2, 3, 5, 5\]: 1\.0: .*expected.*4 channels.*got 8",
+        ),
+        (nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), r"the network does not accept .*: 1: "),
+    ],
+    ids=["control flow", "two inputs", "channels", "channels inside", "features"],
+)
+def test_a_network_that_cannot_be_traced_says_why(model, message, capfd):
+    with pytest.raises(TraceError, match=message) as error:
+        trace(model, SHAPE)
+    assert "Original traceback" not in str(error.value)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_shapes_are_found_without_computing_values():
+    graph = trace(nn.Sequential(conv(3, 8), nn.BatchNorm2d(8)), (1, 3, 8, 8))
+    attach_shapes(graph, (64, 3, 4096, 4096))  # 34 GB, were it computed
+    assert shape_of(node_of(graph, "1")) == (64, 8, 4096, 4096)
+
+
+def test_shapes_of_a_network_that_writes_into_its_own_tensors():
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale.mul_(2)
+
+    model = Counts()
+    trace(model, SHAPE)
+    assert torch.equal(model.scale, torch.ones(3, 1, 1))
+
+
+@pytest.mark.parametrize("operation", ["iadd", "isub", "imul", "itruediv"])
+def test_what_a_network_overwrites_the_graph_overwrites(operation):
+    """Recorded as x = x + 1, y would keep its old value and the graph compute something else."""
+
+    class Aliases(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(x)
+            y = x
+            if operation == "iadd":
+                x += 2
+            elif operation == "isub":
+                x -= 2
+            elif operation == "imul":
+                x *= 2
+            else:
+                x /= 2
+            return x * y
+
+    x = torch.randn(SHAPE)
+    graph = trace(Aliases(), SHAPE)
+    assert torch.equal(graph(x), Aliases()(x))
+    assert operation in {getattr(node.target, "__name__", "") for node in graph.graph.nodes}
+
+
+# ---- fork, no-ops ------------------------------------------------------------------------------------------------
+
+
+def test_a_fork_has_its_own_nodes_and_the_same_modules():
+    graph = compiled_case("bottleneck").training
+    with untouched(graph):
+        other = fork(graph)
+        assert [node.name for node in other.graph.nodes] == [node.name for node in graph.graph.nodes]
+        assert not set(other.graph.nodes) & set(graph.graph.nodes)
+        assert all(other.get_submodule(name) is module for name, module in graph.named_modules() if name == "0")
+        next(iter(other.graph.nodes)).meta["shape"] = ()
+        other.add_submodule("0", nn.Identity())
+        other.graph.erase_node(next(reversed(other.graph.nodes)))
+    assert type(other).__name__ == type(graph).__name__
+
+
+def test_no_ops():
+    assert all(is_no_op(layer.eval()) for layer in (nn.Identity(), nn.Dropout(), nn.Dropout1d(), nn.Dropout2d()))
+    assert not any(is_no_op(layer) for layer in (nn.Dropout(), nn.ReLU(), nn.Flatten(), None))
+
+
+# ---- evaluate ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bottleneck", "squeeze and excite", "prelu", "circular"])
+def test_float64_is_torchs_own(name):
+    torch.manual_seed(0)
+    model, shape = filled(CASES[name].build()), CASES[name].shape
+    x = torch.randn(shape)
+    graph = trace(model, shape)
+    ours = evaluate(graph, x)
+    assert list(ours) == ["output"]
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+    theirs = model.double()(x.double())
+    torch.testing.assert_close(ours["output"], theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_constants_are_cast_too():
+    class Shifts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("shift", torch.full((3, 1, 1), 0.1))
+            self.register_buffer("index", torch.tensor([2, 1, 0]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x + self.shift)[:, self.index]
+
+    x = torch.randn(SHAPE)
+    assert torch.equal(
+        evaluate(trace(Shifts(), SHAPE), x)["output"], (x.double() + torch.tensor(0.1).double())[:, [2, 1, 0]]
+    )
+
+
+def test_values_are_kept_as_they_were_before_they_were_overwritten():
+    graph = trace(filled(nn.Sequential(conv(3, 8), relu_(), Residual(conv(8, 8)))), SHAPE)
+    x = torch.randn(SHAPE)
+    values = evaluate(graph, x, keep=True)
+    assert (values["_0"] < 0).any()
+    assert torch.equal(values["_1"], functional.relu(values["_0"]))
+    assert torch.equal(values["input_1"], x.double())
+    assert values.keys() == {node.name for node in graph.graph.nodes}
+
+
+def test_another_precision():
+    graph = trace(filled(nn.Sequential(learned(3, 6, (0,)), nn.BatchNorm2d(6))), SHAPE)
+    x = torch.randn(SHAPE)
+    assert evaluate(graph, x, torch.float32)["output"].dtype == torch.float32
+    torch.testing.assert_close(evaluate(graph, x, torch.float32)["output"], graph(x))
+    assert not evaluate(graph, x)["output"].requires_grad
