@@ -19,9 +19,8 @@ from the claims of n's operands:
 * any other operation (a barrier) has operands in order id, and so its result;
 * the network's output is the training form's, in order id.
 
-Weights are compared with ``torch.equal`` (±0 are one number), orders are permutations by construction, and no
-floating-point operation is relied on but the folding of batch norm, which is repeated from the checkpoint's own
-numbers. Nothing here calls a pass.
+Orders are permutations by construction, and no floating-point operation is relied on but the folding of batch norm,
+which is repeated from the checkpoint's own numbers. Nothing here calls a pass.
 """
 
 from __future__ import annotations
@@ -169,9 +168,12 @@ def _order_of(claim: _Claim) -> ChannelOrder:
 def _carried_out(shuffle: ChannelShuffle) -> ChannelOrder:
     """The order that ``shuffle`` applies, from what its forward uses."""
     if shuffle.digits is not None:
-        return ChannelOrder.from_digits(shuffle.digits.radices, shuffle.digits.axes)
-    assert shuffle.index is not None
-    return ChannelOrder(tuple(shuffle.index.tolist()))
+        order = ChannelOrder.from_digits(shuffle.digits.radices, shuffle.digits.axes)
+    else:
+        assert shuffle.index is not None
+        order = ChannelOrder(tuple(shuffle.index.tolist()))
+    _require(order == shuffle.order, "it applies another order than it says")
+    return order
 
 
 def _conv_and_norm(training: fx.GraphModule, source: fx.Node) -> tuple[fx.Node, nn.BatchNorm2d | None]:
@@ -325,7 +327,12 @@ def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _equal(tensor: Tensor, other: Tensor) -> bool:
-    return tensor.dtype == other.dtype and torch.equal(tensor, other)
+    """Bit for bit, so that 0 and −0 differ and a NaN is itself."""
+
+    def bits(values: Tensor) -> Tensor:
+        return values.contiguous().reshape(-1).view(torch.uint8)
+
+    return tensor.dtype == other.dtype and tensor.shape == other.shape and torch.equal(bits(tensor), bits(other))
 
 
 def _attribute(graph: fx.GraphModule, node: fx.Node) -> Tensor:

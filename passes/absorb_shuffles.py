@@ -62,7 +62,8 @@ class AbsorbShuffles(Pass):
                 result.graph.erase_node(node)
                 entry = _removed(node.name, spaces.spaces[before], spaces.spaces[after], orders)
             else:
-                result.add_submodule(str(node.target), ChannelShuffle(left, _inserted_for(result, node)))
+                if left != order:
+                    result.add_submodule(str(node.target), ChannelShuffle(left, _inserted_for(result, node)))
                 reason = _reason_kept(node, spaces, before, after)
                 entry = ShuffleEntry(node.name, len(left), "kept", reason)
             ledger.append(entry)

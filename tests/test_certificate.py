@@ -655,7 +655,7 @@ def test_a_shuffle_is_judged_by_what_it_does():
         node = forged.graph.call_module("s", (node_of(forged, "0"),))
     node_of(forged, "0").replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
     node.meta["shape"] = node_of(forged, "0").meta["shape"]
-    assert certify(training, forged).holds  # it says one thing and does nothing
+    assert "it applies another order than it says" in refuted(training, forged)
     forged.add_submodule("s", with_tensors(by_index, {"index": torch.tensor([0] * 8)}))
     assert "not a permutation" in refuted(training, forged)
 
@@ -754,6 +754,26 @@ def test_a_tensor_of_another_dtype_is_refuted_not_an_error():
         module = forged.get_submodule(target)
         forged.add_submodule(target, with_tensors(module, {name: getattr(module, name).detach().double()}))
         refuted(training, forged)
+
+
+def test_zeros_of_another_sign_are_another_constant():
+    training = traced(Call(lambda x: 1 / (x * torch.zeros(1))))
+    name = next(str(node.target) for node in training.graph.nodes if node.op == "get_attr")
+    forged = fork(training)
+    setattr(forged, name, -getattr(training, name))
+    assert "its tensor differs" in refuted(training, forged)
+    setattr(forged, name, getattr(training, name).clone())
+    assert certify(training, forged).holds
+
+
+def test_a_learned_layer_of_a_subclass_is_not_taken_for_one():
+    class Doubles(DGConv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    case = compiled(filled(nn.Sequential(conv(3, 8), Doubles(8, 8, 1), conv(8, 4))), SHAPE)
+    assert differs(case.training, case.folded)
+    assert "it stands for a Doubles" in refuted(case.training, case.folded)
 
 
 def test_a_layer_called_twice_is_proven_call_by_call():

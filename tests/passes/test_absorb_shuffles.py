@@ -127,6 +127,12 @@ def test_leaves_a_network_without_shuffles():
         assert (record.rewrites, record.skips, record.ledger) == ((), (), ())
 
 
+def test_leaves_shuffles_that_can_go_nowhere():
+    record = compiled_case("alone").record(NAME)
+    assert [entry.fate for entry in record.ledger] == ["kept", "kept"]
+    assert not record.changed and not record.rewrites
+
+
 def test_leaves_the_spaces_that_no_shuffle_borders():
     case = compiled_case("bottlenecks")
     stem_before, stem_after = (graph.get_submodule("0") for graph in (case.given_to(NAME), case.made_by(NAME)))
