@@ -287,7 +287,7 @@ def _contents(graph: fx.GraphModule) -> dict[str, object]:
     }
     contents |= {name: settings(module) for name, module in graph.named_modules() if name}
     for name, tensor in _tensors(graph):
-        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         contents[name] = (tensor.data_ptr(), tensor.shape, tensor.dtype, zlib.crc32(values))
     return contents
 

@@ -150,7 +150,7 @@ def called_module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
 def is_no_op(module: nn.Module | None) -> bool:
     """Whether ``module`` returns its input in evaluation mode."""
     drops = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-    return type(module) is nn.Identity or (type(module) in drops and not module.training)
+    return type(module) is nn.Identity or (module is not None and type(module) in drops and not module.training)
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

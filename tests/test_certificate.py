@@ -40,6 +40,7 @@ from foldgroup.equivalence import pass_check, seeded_inputs
 from foldgroup.errors import EquivalenceError
 from foldgroup.forms import ChannelShuffle, MaskedConv2d, conv_like, with_tensors
 from foldgroup.grouping import Grouping
+from foldgroup.nn import DGConv2d
 from foldgroup.pipeline import Pass, PassResult, Pipeline, first_difference
 from foldgroup.trace import called_module, evaluate, fork, trace
 from passes import default_pipeline
@@ -771,9 +772,11 @@ def test_a_learned_layer_of_a_subclass_is_not_taken_for_one():
         def forward(self, input: Tensor) -> Tensor:
             return 2 * super().forward(input)
 
-    case = compiled(filled(nn.Sequential(conv(3, 8), Doubles(8, 8, 1), conv(8, 4))), SHAPE)
-    assert differs(case.training, case.folded)
-    assert "it stands for a Doubles" in refuted(case.training, case.folded)
+    training = traced(conv(3, 8), Doubles(8, 8, 1))
+    layer, forged = training.get_submodule("1"), fork(training)
+    forged.add_submodule("1", MaskedConv2d.from_dense(layer, layer.grouping, layer.bits))
+    assert differs(training, forged)
+    assert "it stands for a Doubles" in refuted(training, forged)
 
 
 def test_a_layer_called_twice_is_proven_call_by_call():

@@ -102,6 +102,15 @@ def test_touches_nothing_it_is_given(name):
         DecodeGates().run(graph)
 
 
+def test_refuses_a_subclass_that_may_compute_something_else():
+    class Doubles(DGConv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    with pytest.raises(PassError, match="pass decode_gates promises DECODED but leaves 0, a Doubles"):
+        compiled(nn.Sequential(Doubles(8, 8, 1)), (2, 8, 5, 5))
+
+
 class ReadsItsOwnKernel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
