@@ -25,36 +25,12 @@ from foldgroup.trace import called_module, is_no_op
 
 _IN_PLACE_OPERATORS = {getattr(operator, name) for name in inplace_methods}
 
-_NEW_MODULES = {
-    *(
-        nn.Conv2d,
-        DGConv2d,
-        MaskedConv2d,
-        nn.Linear,
-        nn.BatchNorm2d,
-        nn.PReLU,
-        nn.ReLU,
-        nn.ReLU6,
-        nn.SiLU,
-        nn.GELU,
-        nn.ELU,
-    ),
-    *(
-        nn.Hardswish,
-        nn.Hardsigmoid,
-        nn.Sigmoid,
-        nn.Tanh,
-        nn.LeakyReLU,
-        nn.MaxPool2d,
-        nn.AvgPool2d,
-        nn.AdaptiveAvgPool2d,
-    ),
-}
-_NEW_FUNCTIONS = {
-    *(operator.add, operator.mul, operator.sub, torch.add, torch.mul, torch.sub, torch.cat, torch.mean),
-    *(torch.relu, torch.sigmoid, torch.tanh, functional.relu, functional.silu),
-    *(functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d),
-}
+_WITH_WEIGHTS = {nn.Conv2d, DGConv2d, MaskedConv2d, nn.Linear, nn.BatchNorm2d, nn.PReLU}
+_ACTIVATIONS = {nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Hardswish, nn.Sigmoid, nn.Tanh}
+_POOLINGS = {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d}
+_ARITHMETIC = {operator.add, operator.mul, operator.sub, torch.add, torch.mul, torch.sub, torch.cat, torch.mean}
+_FUNCTIONALS = {torch.relu, torch.sigmoid, torch.tanh, functional.relu, functional.silu}
+_NEW = _WITH_WEIGHTS | _ACTIVATIONS | _POOLINGS | _ARITHMETIC | _FUNCTIONALS
 """What returns a new tensor when it does not work in place; all else might return a view of its operands."""
 
 
@@ -111,5 +87,5 @@ def _is_new(graph: fx.GraphModule, node: fx.Node) -> bool:
     module = called_module(graph, node)
     if isinstance(module, ChannelShuffle):
         return not module.order.is_identity
-    known = type(module) in _NEW_MODULES or (node.op == "call_function" and node.target in _NEW_FUNCTIONS)
-    return known and not _overwritten(graph, node)
+    kind = node.target if module is None else type(module)
+    return kind in _NEW and not _overwritten(graph, node)

@@ -107,7 +107,8 @@ class _Shapes(fx.Interpreter):
                 value = super().run_node(n)
         except Exception as error:
             shape = list(shape_of(next(iter(n.graph.nodes))))
-            raise TraceError(f"the network does not accept an input of shape {shape}: {n.target}: {error}") from error
+            where = n.target if n.op == "call_module" else n.name
+            raise TraceError(f"the network does not accept an input of shape {shape}: {where}: {error}") from error
         if isinstance(value, Tensor):
             n.meta["shape"] = tuple(value.shape)
         return value
@@ -169,7 +170,7 @@ def evaluate(
     """
     interpreter = _Casting(graph, dtype, keep)
     with torch.inference_mode():
-        result = interpreter.run(inputs.to(dtype))
+        result = interpreter.run(inputs.to(dtype, copy=True))  # the network may overwrite its input
     return {**interpreter.kept, "output": result}
 
 

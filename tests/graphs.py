@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -180,7 +181,7 @@ def classifier(channels: int, *features: nn.Module) -> nn.Module:
 
 def between(*operations: nn.Module, bits: tuple[int, ...] = (1, 1, 0)) -> Callable[[], nn.Module]:
     """A learned layer of 8 channels between two dense ones, and ``operations`` behind it."""
-    return lambda: nn.Sequential(conv(3, 8), learned(8, 8, bits), *operations, conv(8, 4))
+    return lambda: nn.Sequential(conv(3, 8), learned(8, 8, bits), *copy.deepcopy(operations), conv(8, 4))
 
 
 def single(in_channels: int, out_channels: int, bits: tuple[int, ...], **settings: object) -> Callable[[], nn.Module]:
@@ -304,7 +305,6 @@ class Compiled:
     shape: tuple[int, ...]
     graphs: list[fx.GraphModule]
     result: PipelineResult
-    outputs: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def training(self) -> fx.GraphModule:
@@ -409,9 +409,11 @@ class _Builder:
                 return again[0], channels
             out = self.draw(st.sampled_from([channels, channels, 8, 12, 20]))
             gates = len(DGConv2d(channels, out, 1).gate)
-            bits = tuple(self.draw(st.lists(st.integers(0, 1), min_size=gates, max_size=gates)))
+            bits = self.draw(st.lists(st.integers(0, 1), min_size=gates, max_size=gates))
+            if self.draw(st.booleans()):
+                bits.sort(reverse=True)  # ones first: most often an order that is not the identity
             settings = {"bias": self.draw(st.booleans()), "padding_mode": self.draw(st.sampled_from(_PADDING))}
-            self.learned.append(learned(channels, out, bits, self.draw(st.sampled_from([1, 3])), **settings))
+            self.learned.append(learned(channels, out, tuple(bits), self.draw(st.sampled_from([1, 3])), **settings))
             return self.learned[-1], out
         if kind == "dense":
             out = self.draw(st.sampled_from([8, 12, 20]))
@@ -470,7 +472,7 @@ def bottleneck_networks(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
     return filled(classifier(12, *layers), draw(st.integers(0, 99))), (2, 3, 4, 4)
 
 
-def macs_of(graph: fx.GraphModule) -> int:
-    """Weights of all convolutions: what folding makes fewer of."""
+def conv_weights(graph: fx.GraphModule) -> int:
+    """How many weights all convolutions have: what folding makes fewer of."""
     modules = (called_module(graph, node) for node in graph.graph.nodes)
     return sum(math.prod(m.weight.shape) for m in modules if isinstance(m, nn.Conv2d))

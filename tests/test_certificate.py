@@ -154,7 +154,7 @@ def test_any_orders_of_free_spaces_are_granted(network, data):
 
 
 @given(networks(), st.sampled_from([1, 2, 3, 4, 5]), st.data())
-@quick(30)
+@quick(25)
 def test_any_one_number_that_changes_is_caught(network, passes, data):
     case = compiled(*network, Pipeline(default_pipeline().passes[:passes]))
     graph = fork(case.folded)

@@ -521,7 +521,7 @@ def test_any_network_stays_itself(network):
 
 
 @given(bottleneck_networks())
-@quick(15)
+@quick(10)
 def test_any_network_of_bottlenecks_keeps_no_shuffle(network):
     case = compiled(*network)
     assert not shuffles(case.folded)

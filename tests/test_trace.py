@@ -193,6 +193,13 @@ def test_values_are_kept_as_they_were_before_they_were_overwritten():
     assert values.keys() == {node.name for node in graph.graph.nodes}
 
 
+def test_the_caller_keeps_its_input():
+    x = torch.randn(SHAPE)
+    before = x.clone()
+    evaluate(trace(nn.Sequential(relu_()), SHAPE), x, torch.float32)
+    assert torch.equal(x, before)
+
+
 def test_another_precision():
     graph = trace(filled(nn.Sequential(learned(3, 6, (0,)), nn.BatchNorm2d(6))), SHAPE)
     x = torch.randn(SHAPE)

@@ -12,9 +12,9 @@ from graphs import (
     compiled,
     compiled_case,
     conv,
+    conv_weights,
     filled,
     learned,
-    macs_of,
     shuffles,
     untouched,
 )
@@ -206,7 +206,7 @@ def test_any_g_resnext_keeps_none(seed):
     assert len(case.result.ledger) > 4
     assert not shuffles(case.folded)
     assert {entry.fate for entry in case.result.ledger} == {"absorbed"}
-    assert macs_of(case.folded) < macs_of(case.training)
+    assert conv_weights(case.folded) < conv_weights(case.training)
     assert certify(case.training, case.folded).holds
 
 

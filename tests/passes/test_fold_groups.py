@@ -60,20 +60,15 @@ def test_folds_to_a_grouped_convolution_between_shuffles():
         assert grouped.bias[row] == masked.bias[outputs[row]]
 
 
-def test_leaves_no_weight_behind():
-    for name in ("forty-eight", "narrower", "bottlenecks"):
-        case = compiled_case(name)
-        for node in case.made_by(NAME).graph.nodes:
-            masked, grouped = (
-                called_module(case.given_to(NAME), node)
-                if node.op == "call_module"
-                and not isinstance(called_module(case.made_by(NAME), node), type(None))
-                and node not in shuffles(case.made_by(NAME))
-                else None,
-                called_module(case.made_by(NAME), node),
-            )
-            if isinstance(masked, MaskedConv2d):
-                assert grouped.weight.count_nonzero() == masked.weight.count_nonzero() == grouped.weight.numel()
+@pytest.mark.parametrize("name", ["forty-eight", "narrower", "bottlenecks", "depthwise gates"])
+def test_leaves_no_weight_behind(name):
+    before, after = compiled_case(name).given_to(NAME), compiled_case(name).made_by(NAME)
+    for node in before.graph.nodes:
+        masked = called_module(before, node)
+        if isinstance(masked, MaskedConv2d):
+            weight = after.get_submodule(str(node.target)).weight
+            assert weight.numel() == weight.count_nonzero() == masked.weight.count_nonzero()
+            assert masked.weight.numel() == weight.numel() * masked.grouping.groups
 
 
 def test_says_what_it_folded():
