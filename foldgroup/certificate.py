@@ -310,10 +310,10 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d, after: Ch
 
     _require(norm.running_mean is not None, "a batch norm without running statistics was folded")
     folded = fuse_conv_bn_weights(
-        double(weight),  # type: ignore[arg-type]
+        double(weight),  # type: ignore[arg-type]  # not None
         double(bias),
-        rows(norm.running_mean),  # type: ignore[arg-type]
-        rows(norm.running_var),  # type: ignore[arg-type]
+        rows(norm.running_mean),  # type: ignore[arg-type]  # not None, required above
+        rows(norm.running_var),  # type: ignore[arg-type]  # likewise
         norm.eps,
         rows(norm.weight),
         rows(norm.bias),

@@ -102,7 +102,7 @@ def train(
         ) from error
     layers = groupable_layers(model)
     device = torch.device(config.device)
-    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # a missing overload
     o = budget(model, config.complexity)
     optimizer = _optimizer(model, config)
     history: list[EpochResult] = []
@@ -128,7 +128,7 @@ def train(
             logits = model(images)
             loss = functional.cross_entropy(logits, labels)
             optimizer.zero_grad()
-            (loss * complexity_penalty(model, o)).backward()  # type: ignore[no-untyped-call]
+            (loss * complexity_penalty(model, o)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             optimizer.step()
             if not math.isfinite(loss.item()):
                 raise TrainingError(f"the loss is {loss.item()} in epoch {epoch + 1}: use a lower --learning-rate")

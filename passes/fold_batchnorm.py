@@ -76,7 +76,7 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
         double(conv.weight),  # type: ignore[arg-type]  # not None
         double(conv.bias),
         double(norm.running_mean),  # type: ignore[arg-type]  # not None, by rule 3
-        double(norm.running_var),  # type: ignore[arg-type]
+        double(norm.running_var),  # type: ignore[arg-type]  # by rule 3
         norm.eps,
         double(norm.weight),
         double(norm.bias),

@@ -116,4 +116,4 @@ class DGConv2d(nn.Conv2d):
     def extra_repr(self) -> str:
         """Conv2d's text, and the group count as it is now."""
         groups = "unknown" if self.gate.is_meta else self.grouping.groups
-        return f"{super().extra_repr()}, learned groups={groups}"  # type: ignore[no-untyped-call]
+        return f"{super().extra_repr()}, learned groups={groups}"  # type: ignore[no-untyped-call]  # torch leaves it untyped
