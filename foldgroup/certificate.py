@@ -257,7 +257,9 @@ def _check_weights(
     fits = len(weight) == out_channels == len(after) and width * groups == len(before)
     _require(fits, f"weights of shape {list(module.weight.shape)} for {list(weight.shape)}")
 
+    ours = module.weight.detach()
     mask = _training_mask(original)
+    connected = None
     if groups == 1 and mask is None:
         kept = weight if after.is_identity else weight[after.index]
         kept = kept if before.is_identity else kept[:, before.index]
@@ -272,12 +274,13 @@ def _check_weights(
         _require(int(connected.sum()) == ones, "a weight that the mask keeps was pruned")
         # A grouped training weight [C_out, C_in/groups] holds each row's own group only: channel numbers within it.
         kept = weight[rows, reads % weight.shape[1]]
-        kept[~connected] = 0
     bias = None if original.bias is None else original.bias.detach()[after.index]
     if norm is not None:
         kept, bias = _folded(kept, bias, norm, after)
-    same = _equal(module.weight.detach(), kept)
-    _require(same, "a weight is not the one it came from, or one that the mask removes is not zero")
+    if connected is not None:
+        _require(not bool(ours[~connected].any()), "a weight that the mask removes is not zero")
+        kept[~connected] = ours[~connected].to(kept.dtype)  # a zero of either sign: a batch norm may have turned it
+    _require(_equal(ours, kept), "a weight is not the one it came from")
     same = module.bias is bias if module.bias is None or bias is None else _equal(module.bias.detach(), bias)
     _require(same, "a bias is not the one it came from")
     positions = kept[0, 0].numel()

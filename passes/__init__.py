@@ -5,9 +5,10 @@ from passes.absorb_shuffles import AbsorbShuffles
 from passes.decode_gates import DecodeGates
 from passes.fold_batchnorm import FoldBatchNorm
 from passes.fold_groups import FoldGroups
+from passes.pack_groups import PackGroups
 from passes.tidy import Tidy
 
-__all__ = ["AbsorbShuffles", "DecodeGates", "FoldBatchNorm", "FoldGroups", "Tidy", "default_pipeline"]
+__all__ = ["AbsorbShuffles", "DecodeGates", "FoldBatchNorm", "FoldGroups", "PackGroups", "Tidy", "default_pipeline"]
 
 
 def default_pipeline() -> Pipeline:

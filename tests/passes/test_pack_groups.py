@@ -1,0 +1,75 @@
+"""pack_groups: exact, as little as is needed, and depthwise layers are left alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graphs import CASES, apply, compiled_case, conv
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import quick
+from torch import nn
+
+from foldgroup.certificate import certify
+from foldgroup.pipeline import Note
+from passes import PackGroups, default_pipeline
+from passes.pack_groups import pack, packing_factor
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2**16))
+@quick(40)
+def test_packing_changes_no_output_and_no_weight(width_in, width_out, members, groups, seed):
+    torch.manual_seed(seed)
+    total = members * groups
+    layer = nn.Conv2d(total * width_in, total * width_out, 3, padding=1, groups=total).double()
+    packed = pack(layer, members)
+    assert packed.groups == groups
+    inputs = torch.randn(2, total * width_in, 4, 4, dtype=torch.float64)
+    assert torch.equal(packed.weight[packed.weight != 0].sort().values, layer.weight.flatten().sort().values)
+    torch.testing.assert_close(packed(inputs), layer(inputs), rtol=0, atol=1e-12)
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 24), st.integers(1, 8))
+@quick(60)
+def test_the_factor_is_the_least_that_fits(width_in, width_out, groups, multiple):
+    layer = nn.Conv2d(groups * width_in, groups * width_out, 1, groups=groups, device="meta")
+    fits = [
+        m
+        for m in range(1, groups + 1)
+        if not groups % m and not m * width_in % multiple and not m * width_out % multiple
+    ]
+    assert packing_factor(layer, multiple) == (min(fits) if fits else None)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_certificate_grants_it_on_every_case(name):
+    case = compiled_case(name)
+    packed = PackGroups(4).run(case.folded).graph
+    certificate = certify(case.training, packed)
+    assert certificate.holds, certificate.failure
+
+
+def test_it_notes_what_it_packed_and_why_it_left_the_rest():
+    network = nn.Sequential(
+        conv(3, 8),
+        nn.Conv2d(8, 8, 3, padding=1, groups=4),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8),
+        nn.Conv2d(8, 6, 3, padding=1, groups=2),
+        nn.Conv2d(6, 8, 1, groups=1),
+        nn.Conv2d(8, 8, 1, groups=2),
+    )
+    record = apply(PackGroups(4), network, before="tidy").result.records[-1]
+    assert record.rewrites == (Note("1", "4 groups packed into 2"),)
+    assert record.skips == (Note("2", "depthwise"), Note("3", "no packing makes its widths multiples of 4"))
+
+
+def test_a_layer_called_twice_is_packed_once():
+    shared = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+    case = apply(PackGroups(4), nn.Sequential(conv(3, 8), shared, nn.ReLU(), shared), before="tidy")
+    assert len(case.result.records[-1].rewrites) == 1
+    assert case.folded.get_submodule("1").groups == 2
+
+
+def test_it_can_stand_in_the_pipeline():
+    pipeline = default_pipeline().insert(PackGroups(4), before="tidy")
+    assert [p.name for p in pipeline.passes][-2:] == ["pack_groups", "tidy"]
