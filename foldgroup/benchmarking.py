@@ -28,7 +28,9 @@ from torch import fx, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from foldgroup.bundle import Bundle, read_bundle
-from foldgroup.emit.onnx import MODEL, densify, export_onnx
+from foldgroup.emit.onnx import MODEL, export_onnx
+from foldgroup.emit.precision import typed
+from foldgroup.emit.rewrite import densify
 from foldgroup.equivalence import seeded_inputs
 from foldgroup.errors import FoldgroupError, ModelError, RunnerError
 from foldgroup.measure import LatencyStats, Ratio, grouped_macs, interleave, layer_costs, machine, params
@@ -297,7 +299,7 @@ def _baseline(name: str, builder: Callable[..., nn.Module], bundle: Bundle) -> _
             torch.manual_seed(0)
             model = builder(num_classes=bundle.manifest["output"]["shape"][1])
         graph = _folded(model.requires_grad_(False), shape)
-        exported = export_onnx(graph, shape)
+        exported = export_onnx(typed(graph, torch.float32), shape)
     except FoldgroupError as error:
         raise ModelError(f"baseline {name} cannot be built for images of {shape[2]} pixels: {error}") from error
     costs = layer_costs(graph)

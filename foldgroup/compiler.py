@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx
 
 from foldgroup import bundle as files
@@ -16,7 +17,8 @@ from foldgroup.bundle import Bundle, check_target, file_entry, to_json, write_bu
 from foldgroup.certificate import Certificate, certify
 from foldgroup.checkpoint import Checkpoint, Preprocessing, load_checkpoint
 from foldgroup.emit import tensorrt
-from foldgroup.emit.onnx import BATCH, INPUT, MODEL, OUTPUT, export_onnx, to_float32
+from foldgroup.emit.onnx import BATCH, INPUT, MODEL, OUTPUT, export_onnx
+from foldgroup.emit.precision import typed
 from foldgroup.equivalence import (
     FLOAT64_LIMIT,
     LIMITS,
@@ -149,7 +151,7 @@ def compile(
     }
     manifest = manifest_of(checkpoint, folded, batch)
     shape = (batch or 1, *folded.input_shape[1:])
-    graph = to_float32(folded.folded)
+    graph = typed(folded.folded, torch.float32)
     del checkpoint, folded  # the dense kernels: most of the memory, and no longer needed
 
     model = export_onnx(graph, shape, fixed_batch=batch is not None)
@@ -241,14 +243,13 @@ def _build_engines(model: bytes, gpu: Sequence[str]) -> tuple[dict[str, Any], di
     built = tensorrt.build_engine(model, compute_capabilities=gpu)
     entry = {
         "file": tensorrt.PLAN,
-        **file_entry(built.plan),
+        **file_entry(built.content),
         "builder": built.builder,
         "version": built.version,
-        "compute_capabilities": list(built.compute_capabilities) or "the builder's own set",
-        "batch": list(built.batch) if built.batch else None,
+        **built.facts,
         "onnx_sha256": file_entry(model)["sha256"],
     }
-    return {"engines": [entry]}, {tensorrt.PLAN: built.plan}
+    return {"engines": [entry]}, {tensorrt.PLAN: built.content}
 
 
 def _record(record: PassRecord) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Graph → ONNX: one file, no external data, nodes named after the checkpoint's layers, no trace of the machine.
 
-torch's exporter does the work. What is added: weights are rounded once from float64; nodes and values get the names of
-the layers they come from (so that any runtime's per-layer output leads back to the checkpoint); metadata with stack
-traces and paths is removed; and the weights in the file are compared, bit for bit, with the graph's.
+torch's exporter does the work. What is added: nodes and values get the names of the layers they come from (so that any
+runtime's per-layer output leads back to the checkpoint); metadata with stack traces and paths is removed; and the
+weights in the file are compared, bit for bit, with the graph's.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ import ast
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Collection
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from foldgroup.errors import EmitError, EquivalenceError
-from foldgroup.forms import with_tensors
 from foldgroup.trace import called_module, fork
 
 if TYPE_CHECKING:
@@ -29,11 +28,15 @@ if TYPE_CHECKING:
 MODEL = "model.onnx"
 INPUT, OUTPUT, BATCH = "input", "logits", "batch"
 
+OPSET, OPSET_BF16 = 20, 22
+"""The operator set written; convolutions take bfloat16 only from 22 on, which older runtimes do not read."""
+
 
 def export_onnx(graph: fx.GraphModule, input_shape: tuple[int, ...], *, fixed_batch: bool = False) -> bytes:
-    """The float32 network as the bytes of an ONNX file with input ``input`` [N, C, H, W] and output ``logits``.
+    """The network as the bytes of an ONNX file with input ``input`` [N, C, H, W] and output ``logits``.
 
-    N is dynamic unless ``fixed_batch``, which makes it ``input_shape[0]``.
+    Weights and activations have the types that ``graph`` gives them, float32 unless it comes from
+    :func:`foldgroup.emit.precision.typed`. N is dynamic unless ``fixed_batch``, which makes it ``input_shape[0]``.
 
     Raises:
         EmitError: if the exporter refuses the network.
@@ -41,7 +44,7 @@ def export_onnx(graph: fx.GraphModule, input_shape: tuple[int, ...], *, fixed_ba
     """
     import onnx
 
-    model = to_float32(graph)
+    model = fork(graph)
     for node in model.graph.nodes:
         node.meta = {}
     # A batch of one would be taken for a constant.
@@ -61,6 +64,7 @@ def export_onnx(graph: fx.GraphModule, input_shape: tuple[int, ...], *, fixed_ba
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 dynamic_shapes=shapes,
+                opset_version=OPSET_BF16 if _has_bf16(model) else OPSET,
                 verbose=False,
             )
         assert program is not None
@@ -80,32 +84,24 @@ def export_onnx(graph: fx.GraphModule, input_shape: tuple[int, ...], *, fixed_ba
     return content
 
 
-def to_float32(graph: fx.GraphModule) -> fx.GraphModule:
-    """The graph in evaluation mode with every tensor rounded once to float32; tensors that are float32 are shared."""
-    result = fork(graph)
-    for name in {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}:
-        module = graph.get_submodule(name)
-        tensors = dict((*module.named_parameters(), *module.named_buffers()))
-        wide = {key: t.float() for key, t in tensors.items() if t.is_floating_point() and t.dtype != torch.float32}
-        if wide:
-            result.add_submodule(name, with_tensors(module, wide))
-    return result.eval()
+def _has_bf16(graph: fx.GraphModule) -> bool:
+    return any(tensor.dtype == torch.bfloat16 for tensor in graph.parameters())
 
 
 def stored_weights_match(model: bytes, graph: fx.GraphModule) -> int:
-    """Compare the weights of every convolution and linear layer in an ONNX file with those of ``graph`` in float32.
+    """Compare the weights of every convolution and linear layer in an ONNX file with those of ``graph``.
 
-    Returns how many layers were compared.
+    A floating-point weight is the graph's, rounded once to the type it is stored in, bit for bit. An int8 weight behind
+    a DequantizeLinear is within half a step of its scale. Returns how many layers were compared.
 
     Raises:
-        EquivalenceError: naming the first layer that is missing or whose weights differ by a single bit.
+        EquivalenceError: naming the first layer that is missing or whose weights differ.
     """
     import onnx
-    from onnx import numpy_helper
 
     proto = onnx.load_from_string(model)
-    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
     stored = {node.name: node for node in proto.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")}
+    constants = _Constants(proto)
     compared = 0
     for node in graph.graph.nodes:
         module = called_module(graph, node)
@@ -114,15 +110,66 @@ def stored_weights_match(model: bytes, graph: fx.GraphModule) -> int:
         name = str(node.target)
         if name not in stored:
             raise EquivalenceError(f"{name}: there is no such layer in {MODEL}")
-        weight, *bias = (numpy_helper.to_array(tensors[key]) for key in stored[name].input[1:] if key in tensors)
-        ours = module.weight.detach().float().numpy()
-        if not (np.array_equal(weight, ours) or (weight.ndim == 2 and np.array_equal(weight, ours.T))):
+        weight, *bias = (value for value in map(constants.value, stored[name].input[1:]) if value is not None)
+        if not (weight.holds(module.weight) or (module.weight.ndim == 2 and weight.holds(module.weight.T))):
             raise EquivalenceError(f"{name}: the weights in {MODEL} are not the folded network's")
-        our_bias = np.zeros(len(ours), np.float32) if module.bias is None else module.bias.detach().float().numpy()
-        if not np.array_equal(bias[0] if bias else np.zeros_like(our_bias), our_bias):  # zeros are not stored
+        if not _same_bias(bias[0] if bias else None, module.bias):
             raise EquivalenceError(f"{name}: the bias in {MODEL} is not the folded network's")
         compared += 1
     return compared
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A constant of an ONNX file: its values and, if they were quantised, the step that each was rounded to."""
+
+    values: Tensor
+    step: Tensor | None = None
+
+    def holds(self, tensor: Tensor) -> bool:
+        if tensor.shape != self.values.shape:
+            return False
+        if self.step is None:
+            return torch.equal(self.values, tensor.detach().to(self.values.dtype))
+        # Rounding to the nearest multiple errs by half a step; the scale itself was rounded to float32.
+        return bool(((self.values - tensor.detach().double()).abs() <= self.step * (0.5 + 1e-4)).all())
+
+
+class _Constants:
+    """The initializers of an ONNX file, read through DequantizeLinear nodes and casts."""
+
+    def __init__(self, proto: ModelProto) -> None:
+        self.tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+        self.makers = {node.output[0]: node for node in proto.graph.node if node.output}
+
+    def value(self, name: str) -> _Stored | None:
+        if name in self.tensors:
+            return _Stored(self._tensor(name))
+        node = self.makers.get(name)
+        if node is None or node.op_type != "DequantizeLinear" or node.input[0] not in self.tensors:
+            return None
+        integers, scale = self._tensor(node.input[0]).double(), self._tensor(node.input[1]).double()
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+        if scale.ndim:
+            scale = scale.reshape([-1 if i == axis % integers.ndim else 1 for i in range(integers.ndim)])
+        zero = self._tensor(node.input[2]).double() if len(node.input) > 2 else torch.zeros(())
+        zero = zero.reshape(scale.shape) if zero.ndim else zero
+        return _Stored((integers - zero) * scale, scale.expand_as(integers))
+
+    def _tensor(self, name: str) -> Tensor:
+        from onnx import TensorProto, numpy_helper
+
+        array = numpy_helper.to_array(self.tensors[name])
+        if self.tensors[name].data_type == TensorProto.BFLOAT16:  # numpy has no such type
+            return torch.from_numpy(array.astype(np.float32)).bfloat16()
+        return torch.from_numpy(np.array(array))
+
+
+def _same_bias(stored: _Stored | None, bias: Tensor | None) -> bool:
+    if stored is not None and bias is not None:
+        return stored.holds(bias)
+    alone = stored.values if stored is not None else bias
+    return alone is None or not bool(alone.any())  # zeros need not be stored
 
 
 def intermediate_outputs(model: bytes, inputs: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
@@ -137,33 +184,6 @@ def intermediate_outputs(model: bytes, inputs: npt.NDArray[np.float32]) -> dict[
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name != OUTPUT)
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     return dict(zip(names, session.run(names, {INPUT: inputs}), strict=True))
-
-
-def densify(model: bytes, layers: Collection[str]) -> bytes:
-    """The same function with the grouped convolutions named ``layers`` written as dense ones full of zeros.
-
-    With the learned layers, that is what the training form costs: it pays for the dense kernel of each.
-    """
-    import onnx
-    from onnx import numpy_helper
-
-    proto = onnx.load_from_string(model)
-    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
-    for node in proto.graph.node:
-        group = next((a for a in node.attribute if a.name == "group"), None)
-        if node.name not in layers or group is None or group.i == 1:
-            continue
-        tensor = tensors[node.input[1]]
-        grouped = numpy_helper.to_array(tensor)
-        out_channels, width = grouped.shape[:2]
-        dense = np.zeros((out_channels, width * group.i, *grouped.shape[2:]), grouped.dtype)
-        for g, rows in enumerate(np.split(np.arange(out_channels), group.i)):
-            dense[rows, g * width : (g + 1) * width] = grouped[rows]
-        tensor.CopyFrom(numpy_helper.from_array(dense, tensor.name))
-        group.i = 1
-    del proto.graph.value_info[:]  # shapes of the weights have changed
-    content: bytes = proto.SerializeToString(deterministic=True)
-    return content
 
 
 def _name_after_layers(proto: ModelProto) -> None:

@@ -115,7 +115,7 @@ def _ranges(model: bytes, images: npt.NDArray[np.float32], method: Calibration, 
     }
     from onnxruntime.quantization.calibrate import create_calibrator
 
-    class Batches(quantization.CalibrationDataReader):  # type: ignore[misc]  # a class known only at run time
+    class Batches(quantization.CalibrationDataReader):  # type: ignore[misc,name-defined]  # known only at run time
         def __init__(self, part: npt.NDArray[np.float32]) -> None:
             self.left = iter([part])
 
