@@ -335,3 +335,24 @@ def test_zeta_over_budget_is_what_the_masks_say(finished):
     model.load_state_dict(load(finished.output)["state_dict"])
     ones = sum(int(layer.grouping.mask.sum()) for layer in groupable_layers(model).values())
     assert finished.result.zeta_over_budget == pytest.approx(ones / budget(model, CONFIG.complexity))
+
+
+def test_frozen_gates_move_until_the_budget_is_met_and_then_no_more(images, tmp_path):
+    groups = []
+    config = replace(CONFIG, epochs=4, freeze_gates=0.5, complexity=1, learning_rate=0.5)  # a budget of all ones
+    train(images, tmp_path / "a.pt", config, on_step=lambda p: groups.append((p.epoch, p.groups)))
+    gates = torch.load(tmp_path / "a.pt.state", weights_only=True)["model"]
+    assert len({g for epoch, g in groups if epoch >= 2}) == 1  # frozen from the end of epoch 2 on
+    longer = replace(config, freeze_gates=1.0)
+    train(images, tmp_path / "b.pt", longer)
+    moved = torch.load(tmp_path / "b.pt.state", weights_only=True)["model"]
+    names = [name for name in gates if name.endswith("gate")]
+    assert any(not torch.equal(gates[name], moved[name]) for name in names)
+
+
+def test_gates_over_budget_are_not_frozen(images, tmp_path):
+    config = replace(CONFIG, epochs=2, freeze_gates=0.0, complexity=10_000)
+    train(images, tmp_path / "a.pt", config)
+    state = torch.load(tmp_path / "a.pt.state", weights_only=True)["model"]
+    gates = torch.cat([t for name, t in state.items() if name.endswith("gate")])
+    assert (gates.abs() > 1e-6).any()  # they start at ±1e-8
