@@ -1,20 +1,22 @@
 """The experiment behind ``foldgroup bench``: is the folded network faster than the trained one, and than known ones.
 
-All subjects run interleaved in one process on one runtime (:func:`foldgroup.measure.interleave` says why):
+All subjects run interleaved in one process (:func:`foldgroup.measure.interleave` says why):
 
-* the *folded form*, the bundle's ``model.onnx``;
-* the *training form*, the same function with every learned layer a dense kernel full of zeros, which is what the
+* the *folded form*, on the first target and precision asked for;
+* the *training form* there, the same function with every learned layer a dense kernel full of zeros, which is what the
   network costs as it was trained;
-* *baselines*, torchvision networks of the bundle's input size and classes. Their weights are random, so only their cost
-  is compared, never their accuracy. Batch norm is folded and the graph exported as the bundle's was.
+* *baselines* there, torchvision networks of the bundle's input size and classes. Their weights are random, so only
+  their cost is compared, never their accuracy. Batch norm is folded and the graph exported as the bundle's was;
+* the folded form on every other target and in every other precision asked for.
 
-A speed-up is median(other) / median(folded) of the interleaved rounds, with its interval; one whose interval contains 1
-or lies below it is no speed-up, and is called so.
+A speed-up is median(other) / median(subject) of the interleaved rounds, with its interval; one whose interval contains
+1 or lies below it is no speed-up, and is called so. With several streams a call is that many calls at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,22 +24,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torchvision
-from torch import fx, nn
-from torchvision.models.resnet import Bottleneck, ResNet
+import numpy as np
+import numpy.typing as npt
 
 from foldgroup.bundle import Bundle, read_bundle
-from foldgroup.emit.onnx import MODEL, export_onnx
-from foldgroup.emit.precision import typed
-from foldgroup.emit.rewrite import densify
+from foldgroup.candidates import FOLDED, TRAINING, Candidate, baseline, check_baselines, folded_form, training_form
 from foldgroup.equivalence import seeded_inputs
-from foldgroup.errors import FoldgroupError, ModelError, RunnerError
-from foldgroup.measure import LatencyStats, Ratio, grouped_macs, interleave, layer_costs, machine, params
-from foldgroup.run import OnnxRuntimeRunner, Runner
-from foldgroup.trace import trace
-
-FOLDED, TRAINING = "folded form", "training form"
+from foldgroup.errors import RunnerError
+from foldgroup.measure import LatencyStats, Ratio, interleave, machine
+from foldgroup.run import Runner
+from foldgroup.targets import Variant, make_runner, parse_variants
 
 DEFAULT_BASELINES: Mapping[str, tuple[str, ...]] = {
     "g_resnext50": ("resnext50_32x4d", "resnet50"),
@@ -64,6 +60,8 @@ class Subject:
     grouped_macs: int
     params: int
     file_bytes: int
+    runtime: Mapping[str, str | int]
+    """The runner's own description: runtime, version, provider, threads and precision."""
 
     @property
     def flops(self) -> int:
@@ -79,19 +77,21 @@ class Subject:
         """For ``--json``; MACs and FLOPs are for one image."""
         times = {key: value for key, value in asdict(self.latency).items() if key != "rounds"}
         derived = {"flops": self.flops, "grouped_macs_share": self.grouped_share}
-        return {key: value for key, value in asdict(self).items() if key != "latency"} | times | derived
+        entries = {key: value for key, value in asdict(self).items() if key != "latency"}
+        return entries | times | derived
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """``ratio`` is the median time of the subject ``other`` over that of the folded form: the speed-up over it."""
+    """``ratio`` is the median time of the subject ``other`` over that of ``subject``: the speed-up over it."""
 
     other: str
     ratio: Ratio
+    subject: str = FOLDED
 
     @property
     def folded_is(self) -> Literal["faster", "slower", "no different"]:
-        """How the folded form does against the other; an interval that contains 1 shows no difference."""
+        """How the subject does against the other; an interval that contains 1 shows no difference."""
         if self.ratio.low > 1:
             return "faster"
         return "slower" if self.ratio.high < 1 else "no different"
@@ -100,42 +100,51 @@ class Comparison:
     def conclusion(self) -> str:
         """The comparison as one sentence."""
         ratio = self.ratio
-        other = f"the {TRAINING}" if self.other == TRAINING else self.other
+        other = f"the {self.other}" if self.other in (FOLDED, TRAINING) else self.other
         level = f"{ratio.confidence:.0%} interval"
         if self.folded_is == "faster":
             return (
-                f"The folded form is {ratio.value:.2f} times as fast as {other} "
+                f"The {self.subject} is {ratio.value:.2f} times as fast as {other} "
                 f"({level} {ratio.low:.2f} to {ratio.high:.2f})."
             )
         if self.folded_is == "slower":
             return (
-                f"No speed-up over {other}: the folded form takes {1 / ratio.value:.2f} times as long "
+                f"No speed-up over {other}: the {self.subject} takes {1 / ratio.value:.2f} times as long "
                 f"({level} {1 / ratio.high:.2f} to {1 / ratio.low:.2f})."
             )
         return (
-            f"No speed-up over {other}: the folded form is {ratio.value:.2f} times as fast, and the "
+            f"No speed-up over {other}: the {self.subject} is {ratio.value:.2f} times as fast, and the "
             f"{level}, {ratio.low:.2f} to {ratio.high:.2f}, contains 1."
         )
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        return {"over": self.other, **asdict(self.ratio), "folded_is": self.folded_is, "conclusion": self.conclusion}
+        return {
+            "subject": self.subject,
+            "over": self.other,
+            **asdict(self.ratio),
+            "folded_is": self.folded_is,
+            "conclusion": self.conclusion,
+        }
 
 
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """What was measured, on what. ``runtime`` is the runner's own description; ``checkpoint`` the manifest's entry."""
+    """What was measured, on what. ``checkpoint`` is the manifest's entry."""
 
     checkpoint: Mapping[str, str]
     input_shape: tuple[int, int, int]
     subjects: tuple[Subject, ...]
     comparisons: tuple[Comparison, ...]
-    runtime: Mapping[str, str | int]
     machine: Mapping[str, Any]
     threads: int | None
     batch: int
+    streams: int
+    """Calls at a time; a subject's time is that of all of them together."""
     rounds: int
     version: str
+    notes: tuple[str, ...] = ()
+    """What did not run, and why."""
 
     @property
     def conclusion(self) -> str:
@@ -155,64 +164,64 @@ class BenchmarkReport:
             "speed_ups": [comparison.as_dict() for comparison in self.comparisons],
             "conclusion": self.conclusion,
             "baseline_weights": "random, so accuracy is not compared",
-            "runtime": dict(self.runtime),
+            "streams": self.streams,
+            "notes": list(self.notes),
             "machine": dict(self.machine),
         }
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A network before it has run."""
-
-    name: str
-    kind: Literal["folded form", "training form", "baseline"]
-    model: bytes
-    macs: int
-    grouped_macs: int
-    params: int
 
 
 def benchmark(
     bundle: str | Path,
     against: Sequence[str] = (),
     *,
+    target: Sequence[str] = (),
     threads: int | None = 1,
     batch: int = 1,
+    streams: int = 1,
     max_seconds: float = 60,
     on_step: Callable[[str], None] = lambda _: None,
     on_round: Callable[[int], None] | None = None,
 ) -> BenchmarkReport:
     """Time the folded form, the training form and the baselines ``against``, interleaved, for about ``max_seconds``.
 
-    Without ``against`` the baselines are those of :data:`DEFAULT_BASELINES` for the bundle's architecture. ``threads``
-    None lets the runtime choose. ``on_step`` is told the name of each network as it is ready, ``on_round`` the number
+    ``target`` are names such as ``openvino`` or ``openvino:int8``; by default every target and precision that the
+    bundle was compiled for and that can run here. Without ``against`` the baselines are those of
+    :data:`DEFAULT_BASELINES` for the bundle's architecture. ``threads`` None lets the runtime choose; ``streams`` calls
+    run at a time, for throughput. ``on_step`` is told the name of each network as it is ready, ``on_round`` the number
     of rounds done.
 
     Raises:
-        BundleError: if there is no bundle at that place.
+        BundleError: if there is no bundle at that place, or it lacks what a target needs.
         EquivalenceError: if a file of the bundle is not the one that was compiled.
         ModelError: if a baseline is unknown or cannot be built for this input.
-        RunnerError: if the runtime refuses a network, the threads or the batch.
+        TargetError: if a target is unknown.
+        RunnerError: if a runtime is missing or refuses a network, the threads, the streams or the batch.
     """
     opened = read_bundle(Path(bundle))
     names = tuple(dict.fromkeys(against or DEFAULT_BASELINES.get(opened.manifest["checkpoint"]["arch"], ())))
-    builders = {name: baseline_builder(name) for name in names}
+    check_baselines(names)
+    wanted = parse_variants(target, opened.variants) if target else opened.variants
     fixed = opened.manifest["input"]["shape"][0]
     if batch < 1 or (isinstance(fixed, int) and batch != fixed):
         allowed = f"this bundle takes batches of {fixed} only" if isinstance(fixed, int) else "a batch is 1 or more"
         raise RunnerError(f"{opened.path}: cannot run with batch {batch}: {allowed}")
+    if streams < 1:
+        raise RunnerError(f"cannot run {streams} streams: give 1 or more")
     opened.check_files()
-    candidates = list(_forms(opened))
-    on_step(TRAINING)
-    for name, builder in builders.items():
-        candidates.append(_baseline(name, builder, opened))
-        on_step(name)
     images = seeded_inputs((batch, *opened.input_shape)).numpy()
     with ExitStack() as stack:
-        runners = {c.name: stack.enter_context(_runner(c.model, threads)) for c in candidates}
-        runtime = runners[FOLDED].describe()
-        calls = {name: partial(runner.run, images) for name, runner in runners.items()}
+        load = partial(_load, stack, threads=threads, streams=streams)
+        folded, notes = _folded_forms(opened, wanted, load, must=bool(target))
+        first = next(iter(folded))
+        runners = dict(folded)
+        for candidate in _others(opened, first.variant, names, on_step):
+            runners[candidate] = load(candidate)
+        pool = stack.enter_context(ThreadPoolExecutor(streams))
+        calls = {c.name: _call(runner, images, streams, pool) for c, runner in runners.items()}
         measured = interleave(calls, max_seconds=max_seconds, on_round=on_round)
+        described = {c.name: runner.describe() for c, runner in runners.items()}
+    here = [c for c in runners if c not in folded]
+    elsewhere = [c for c in folded if c is not first]
     return BenchmarkReport(
         checkpoint=opened.manifest["checkpoint"],
         input_shape=opened.input_shape,
@@ -221,97 +230,73 @@ def benchmark(
                 name=c.name,
                 kind=c.kind,
                 latency=measured.stats(c.name),
-                images_per_second=measured.throughput(c.name, batch),
+                images_per_second=measured.throughput(c.name, batch * streams),
                 macs=c.macs,
                 grouped_macs=c.grouped_macs,
                 params=c.params,
-                file_bytes=len(c.model),
+                file_bytes=len(c.content),
+                runtime=described[c.name],
             )
-            for c in candidates
+            for c in (first, *here, *elsewhere)
         ),
-        comparisons=tuple(Comparison(c.name, measured.ratio(c.name, FOLDED)) for c in candidates[1:]),
-        runtime=runtime,
+        comparisons=(
+            *(Comparison(c.name, measured.ratio(c.name, FOLDED)) for c in here),
+            *(Comparison(FOLDED, measured.ratio(FOLDED, c.name), c.name) for c in elsewhere),
+        ),
         machine=machine(),
         threads=threads,
         batch=batch,
+        streams=streams,
         rounds=measured.stats(FOLDED).rounds,
         version=version("foldgroup"),
+        notes=notes,
     )
 
 
-def baseline_builder(name: str) -> Callable[..., nn.Module]:
-    """The function that builds the torchvision classifier ``name``; it takes ``num_classes``.
+def _load(stack: ExitStack, candidate: Candidate, *, threads: int | None, streams: int) -> Runner:
+    return stack.enter_context(make_runner(candidate.variant, candidate.content, threads=threads, streams=streams))
 
-    ``resnext101_32x4d`` is known too, which torchvision can build but does not name.
+
+def _folded_forms(
+    bundle: Bundle, wanted: Sequence[Variant], load: Callable[[Candidate], Runner], *, must: bool
+) -> tuple[dict[Candidate, Runner], tuple[str, ...]]:
+    """The folded form on every variant that can run here, the first called :data:`FOLDED`; and what cannot, and why.
 
     Raises:
-        ModelError: if there is no such network; the message says how to name one.
+        RunnerError: if one cannot run here and ``must``, or if none can.
     """
-    if name == "resnext101_32x4d":
-        return partial(ResNet, Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4)
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise ModelError(
-            f"there is no baseline {name!r}: name one of torchvision's classifiers, such as resnet50, resnet101, "
-            "resnext50_32x4d or resnext101_32x8d, or resnext101_32x4d; "
-            "torchvision.models.list_models(torchvision.models) lists them"
-        )
-    builder: Callable[..., nn.Module] = torchvision.models.get_model_builder(name)
-    return builder
+    runners: dict[Candidate, Runner] = {}
+    notes = []
+    for variant in wanted:
+        candidate = folded_form(bundle, variant, f"{FOLDED}, {variant}" if runners else FOLDED)
+        try:
+            runners[candidate] = load(candidate)
+        except RunnerError as error:
+            if must:
+                raise
+            notes.append(f"{variant}: {error}")
+    if not runners:
+        raise RunnerError(f"{bundle.path}: nothing that it was compiled for can run here. {'; '.join(notes)}")
+    return runners, tuple(notes)
 
 
-def _runner(model: bytes, threads: int | None) -> Runner:
-    """The runtime that all subjects share: ONNX Runtime on the CPU."""
-    return OnnxRuntimeRunner(model, threads)
+def _others(
+    bundle: Bundle, variant: Variant, names: Sequence[str], on_step: Callable[[str], None]
+) -> Sequence[Candidate]:
+    """The training form and the baselines, in one variant."""
+    training = training_form(bundle, variant)
+    candidates = [] if training is None else [training]
+    on_step(TRAINING)
+    for name in names:
+        candidates.append(baseline(name, bundle, variant))
+        on_step(name)
+    return candidates
 
 
-def _forms(bundle: Bundle) -> tuple[_Candidate, _Candidate]:
-    """The folded form and the training form, their costs from the manifest."""
-    manifest = bundle.manifest
-    learned = manifest["layers"]
-    model = bundle.read(MODEL)
-    folded = _Candidate(
-        name=FOLDED,
-        kind="folded form",
-        model=model,
-        macs=manifest["macs"]["executed"],
-        grouped_macs=sum(layer["executed_macs"] for layer in learned),
-        params=manifest["params"]["folded"],
-    )
-    training = _Candidate(
-        name=TRAINING,
-        kind="training form",
-        model=densify(model, {layer["name"] for layer in learned}),
-        macs=manifest["macs"]["training"],
-        grouped_macs=sum(layer["macs"] * layer["groups"] for layer in learned),
-        params=manifest["params"]["training"],
-    )
-    return folded, training
-
-
-def _baseline(name: str, builder: Callable[..., nn.Module], bundle: Bundle) -> _Candidate:
-    """A baseline with random weights for the bundle's input and classes, folded and exported as the bundle was."""
-    shape = (1, *bundle.input_shape)
-    if shape[1] != 3:
-        raise ModelError(f"baseline {name} takes images of 3 channels, this network {shape[1]}: compare it with none")
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = builder(num_classes=bundle.manifest["output"]["shape"][1])
-        graph = _folded(model.requires_grad_(False), shape)
-        exported = export_onnx(typed(graph, torch.float32), shape)
-    except FoldgroupError as error:
-        raise ModelError(f"baseline {name} cannot be built for images of {shape[2]} pixels: {error}") from error
-    costs = layer_costs(graph)
-    total = sum(cost.macs for cost in costs)
-    return _Candidate(name, "baseline", exported, total, grouped_macs(costs), params(graph))
-
-
-def _folded(model: nn.Module, shape: tuple[int, ...]) -> fx.GraphModule:
-    """A network without learned groups, its batch norm folded and no-ops removed."""
-    from passes import FoldBatchNorm, Tidy
-
-    graph = trace(model, shape)
-    for step in (FoldBatchNorm(), Tidy()):
-        graph = step.run(graph).graph
-    return graph
+def _call(
+    runner: Runner, images: npt.NDArray[np.float32], streams: int, pool: ThreadPoolExecutor
+) -> Callable[[], object]:
+    """What is timed: one call of the runner, or ``streams`` at a time."""
+    if streams == 1:
+        return partial(runner.run, images)
+    return lambda: list(pool.map(runner.run, [images] * streams))

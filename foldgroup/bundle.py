@@ -4,11 +4,14 @@
 file                  holds                                                  hashed in
 ====================  =====================================================  ==================
 manifest.json         what was built, from what; no times, no machine        –
-model.onnx            the folded network                                     manifest.json
+model.onnx            the folded network, in the first precision asked for   manifest.json
+model.int8.onnx, …    the same in the others                                 manifest.json
+model.image.onnx      model.onnx with preprocessing in front, on request     manifest.json
 passes.json           what each pass did and why it left what it left        manifest.json
 preprocessing.json    how an image becomes the input; class names            manifest.json
 engines.json          the engines and how they were built                    –
-model.rtx.plan        a TensorRT-RTX engine                                  engines.json
+model.rtx.plan, …     engines, precisions named as above                     engines.json
+triton/               a Triton Inference Server model repository             engines.json
 golden.safetensors    inputs and the training form's float64 logits          verification.json
 verification.json     what was measured, and on which machine                –
 ====================  =====================================================  ==================
@@ -31,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from foldgroup.errors import BundleError, EquivalenceError
+from foldgroup.targets import Variant, find_target
 
 SCHEMA = 1
 MANIFEST, PASSES, PREPROCESSING = "manifest.json", "passes.json", "preprocessing.json"
@@ -75,6 +79,54 @@ class Bundle:
         return _read_json(self.path / VERIFICATION)
 
     @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Every target in every precision that this bundle was compiled for."""
+        return tuple(Variant(find_target(t["target"]), t["precision"]) for t in self._entry("targets"))
+
+    @property
+    def models(self) -> Mapping[str, Mapping[str, Any]]:
+        """The ONNX files by precision: ``file``, and what was done to get there."""
+        models: Mapping[str, Mapping[str, Any]] = self._entry("models")
+        return models
+
+    def _entry(self, key: str) -> Any:
+        if key not in self.manifest:
+            raise BundleError(f"{self.path / MANIFEST}: names no {key}, so it is of an older foldgroup; compile again")
+        return self.manifest[key]
+
+    def content(self, variant: Variant) -> bytes:
+        """The ONNX file or engine that ``variant`` runs; an engine only if its SHA-256 is the one recorded.
+
+        Raises:
+            BundleError: if the bundle has none for it.
+            EquivalenceError: if the file is not the one that was built.
+        """
+        if variant.target.takes == "onnx":
+            if variant.precision not in self.models:
+                raise BundleError(
+                    f"{self.path}: has no {variant.precision} model, only {', '.join(self.models)}; compile again "
+                    f"with --precision {','.join([*self.models, variant.precision])}"
+                )
+            return self.checked(self.models[variant.precision]["file"], self.manifest["files"])
+        for entry in self.engines["engines"]:
+            if (entry["target"], entry["precision"]) == (variant.target.name, variant.precision):
+                return self.checked(entry["file"], {entry["file"]: entry})
+        raise BundleError(
+            f"{self.path}: has no engine for {variant}; compile again with --target {variant.target.name}"
+        )
+
+    def checked(self, name: str, recorded: Mapping[str, Any]) -> bytes:
+        """The content of the file ``name``, compared with its entry in ``recorded``.
+
+        Raises:
+            EquivalenceError: if its SHA-256 is another.
+        """
+        content = self.read(name)
+        if file_entry(content)["sha256"] != recorded[name]["sha256"]:
+            raise EquivalenceError(f"{self.path / name}: not the file that was compiled (its SHA-256 differs)")
+        return content
+
+    @property
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the input."""
         _, *shape = self.manifest["input"]["shape"]
@@ -99,10 +151,10 @@ class Bundle:
         """
         recorded = dict(self.manifest["files"])
         recorded |= {engine["file"]: engine for engine in self.engines["engines"]}
+        recorded |= self.engines.get("files", {})
         recorded[GOLDEN] = self.verification["golden"]
-        for name, entry in sorted(recorded.items()):
-            if file_entry(self.read(name))["sha256"] != entry["sha256"]:
-                raise EquivalenceError(f"{self.path / name}: not the file that was compiled (its SHA-256 differs)")
+        for name in sorted(recorded):
+            self.checked(name, recorded)
         return len(recorded)
 
 
@@ -159,6 +211,7 @@ def write_bundle(path: Path, files: Mapping[str, bytes], *, force: bool = False)
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
             for name, content in files.items():
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 with (staging / name).open("wb") as file:
                     file.write(content)
                     file.flush()

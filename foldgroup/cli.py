@@ -24,6 +24,29 @@ R = TypeVar("R")
 ExistingPath = click.Path(path_type=Path)
 
 
+class BatchType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
+    """A number, or MIN:OPT:MAX."""
+
+    name = "N|MIN:OPT:MAX"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """An int, or a tuple of three."""
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = tuple(int(part) for part in value.split(":"))
+        except ValueError:
+            numbers = ()
+        if len(numbers) not in (1, 3) or numbers[0] < 1 or list(numbers) != sorted(numbers):
+            self.fail(f"{value!r} is neither a number of images nor MIN:OPT:MAX, such as 1:8:32", param, ctx)
+        return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _names(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """The values of an option that is given several times, or with commas."""
+    return tuple(name.strip() for part in value for name in part.split(",") if name.strip())
+
+
 def _errors_are_messages(function: Callable[P, R]) -> Callable[P, R]:
     """Turn a FoldgroupError into one message and its exit status."""
 
@@ -76,6 +99,7 @@ def main() -> None:
     foldgroup compile checkpoint.pt          a verified ONNX model and TensorRT engine
     foldgroup verify checkpoint.pt BUNDLE    is it the trained network?
     foldgroup bench BUNDLE                   how fast is it?
+    foldgroup run BUNDLE image.jpg           what does it see?
     """
     # So that a terminated run cleans up after itself as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -102,39 +126,119 @@ def inspect(path: Path, as_json: bool, **reading: Any) -> None:
 )
 @_reading_options
 @click.option("--input-size", type=click.IntRange(1), help="Height and width of the input.  [default: as trained]")
-@click.option("--batch", type=click.IntRange(1), help="Fix the batch.  [default: dynamic]")
 @click.option(
-    "--precision", type=click.Choice(["fp32"]), default="fp32", show_default=True, help="Of the emitted model."
+    "--batch",
+    type=BatchType(),
+    help="N fixes the batch; MIN:OPT:MAX keeps it dynamic, with engines built for that range.  "
+    "[default: dynamic, 1:8:32]",
 )
 @click.option(
-    "--gpu", help="Compute capabilities of the engine, such as sm80,sm89,sm120.  [default: the builder's own]"
+    "--target",
+    multiple=True,
+    callback=_names,
+    help="Where it will run: onnxruntime, openvino, aotinductor, tensorrt, tensorrt-rtx, or one of these with -cuda, "
+    "-tensorrt or -gpu; repeatable, or with commas.  [default: onnxruntime, and tensorrt-rtx if installed]",
 )
-@click.option("--no-engine", is_flag=True, help="Leave the TensorRT-RTX engine out.")
+@click.option(
+    "--precision",
+    multiple=True,
+    callback=_names,
+    help="fp32, fp16, bf16 or int8; repeatable, or with commas; the first is that of model.onnx.  [default: fp32]",
+)
+@click.option("--calibrate", type=ExistingPath, help="Folder of real images that int8 reads its ranges off.")
+@click.option(
+    "--calibration",
+    type=click.Choice(["minmax", "percentile", "entropy"]),
+    default="minmax",
+    show_default=True,
+    help="How a range is read off.",
+)
+@click.option(
+    "--calibration-images", type=click.IntRange(1), default=256, show_default=True, help="At most so many are used."
+)
+@click.option(
+    "--keep-float",
+    multiple=True,
+    callback=_names,
+    help="Layer that stays in float32, or a wildcard; repeatable. 'auto' keeps the few that int8 hurts most.",
+)
+@click.option(
+    "--gpu",
+    multiple=True,
+    callback=_names,
+    help="Compute capabilities of a TensorRT-RTX engine, such as sm80,sm89,sm120.  [default: the builder's own]",
+)
+@click.option("--no-engine", is_flag=True, help="Build none: leave out every target that takes one.")
+@click.option("--optimization-level", type=click.IntRange(0, 5), help="Of TensorRT's builder.")
+@click.option("--workspace", type=click.IntRange(1), help="Scratch memory that TensorRT's builder may use, in MiB.")
+@click.option("--compatibility", help="TensorRT's hardware compatibility level, such as ampere_plus.")
+@click.option(
+    "--timing-cache", type=ExistingPath, help="TensorRT's, kept and reused.  [default: <bundle>.timing beside it]"
+)
+@click.option("--emit", multiple=True, type=click.Choice(["triton"]), help="Add a Triton Inference Server repository.")
+@click.option(
+    "--bake-preprocessing", is_flag=True, help="Add model.image.onnx: resize, crop and normalise are in the graph."
+)
 @click.option("--dump-passes", type=ExistingPath, help="Write the graph after every pass to this folder, as text.")
 @click.option("--check-passes", is_flag=True, help="Prove and run the graph after every pass.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @_json_option
 @_errors_are_messages
-def compile(checkpoint: Path, gpu: str | None, no_engine: bool, precision: str, as_json: bool, **options: Any) -> None:
-    """Compile CHECKPOINT into a bundle: ONNX model, TensorRT engine, proof and manifest."""
+def compile(
+    checkpoint: Path,
+    gpu: tuple[str, ...],
+    no_engine: bool,
+    precision: tuple[str, ...],
+    optimization_level: int | None,
+    workspace: int | None,
+    compatibility: str | None,
+    timing_cache: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compile CHECKPOINT into a bundle: ONNX models, engines, proof and manifest."""
     from foldgroup.report.tables import compile_summary
 
     if gpu and no_engine:
         raise click.UsageError("--gpu says what the engine is for, --no-engine leaves it out: give one of them")
-    names = [name.strip() for name in gpu.split(",") if name.strip()] if gpu else []
     with _progress("compile") as step:
         from foldgroup.compiler import compile as run
+        from foldgroup.engines import EngineSettings
 
-        bundle = run(checkpoint, gpu=names, engine=not no_engine, on_step=step, **options)
+        settings = EngineSettings(
+            optimization_level=optimization_level,
+            workspace_mib=workspace,
+            compatibility=compatibility,
+            timing_cache=timing_cache,
+        )
+        bundle = run(
+            checkpoint,
+            gpu=gpu,
+            engine=not no_engine,
+            precision=precision or "fp32",
+            engine_settings=settings,
+            on_step=step,
+            **options,
+        )
     _show(bundle.manifest if as_json else compile_summary(bundle))
+
+
+_target_option = click.option(
+    "--target",
+    multiple=True,
+    callback=_names,
+    help="Where to run it, such as openvino or openvino:int8; repeatable, or with commas.  "
+    "[default: all that the bundle was compiled for and that can run here]",
+)
 
 
 @main.command()
 @click.argument("paths", nargs=-1, required=True, type=ExistingPath, metavar="[CHECKPOINT] BUNDLE")
+@_target_option
 @click.option("--data", type=ExistingPath, help="Folder of labelled images, one sub-folder per class.")
 @_json_option
 @_errors_are_messages
-def verify(paths: tuple[Path, ...], data: Path | None, as_json: bool) -> None:
+def verify(paths: tuple[Path, ...], target: tuple[str, ...], data: Path | None, as_json: bool) -> None:
     """Check that BUNDLE is the network that was trained; against CHECKPOINT itself if it is at hand."""
     from foldgroup.report.tables import verification_table
 
@@ -143,37 +247,81 @@ def verify(paths: tuple[Path, ...], data: Path | None, as_json: bool) -> None:
     with _progress("verify") as step:
         from foldgroup.verifier import verify as run
 
-        verification = run(paths[-1], paths[0] if len(paths) == 2 else None, data=data, on_step=step)
+        checkpoint = paths[0] if len(paths) == 2 else None
+        verification = run(paths[-1], checkpoint, target=target, data=data, on_step=step)
     _show(verification.as_dict() if as_json else verification_table(verification))
     if not verification:
-        failed = [check.name for check in verification.checks if not check.passed]
+        failed = [check.name for check in verification.checks if check.passed is False]
         raise EquivalenceError(f"{paths[-1]}: failed: {', '.join(failed)}")
 
 
 @main.command()
 @click.argument("bundle", type=ExistingPath)
 @click.option("--against", multiple=True, help="A torchvision network, such as resnext50_32x4d; repeatable.")
+@_target_option
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads inside one operation.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images at a time.")
+@click.option(
+    "--streams", type=click.IntRange(1), default=1, show_default=True, help="Calls at a time, to measure throughput."
+)
 @click.option("--seconds", type=click.FloatRange(1), default=60, show_default=True, help="Time to spend, at most.")
 @click.option("--json", "json_file", type=ExistingPath, help="Also write the results here; - for standard output only.")
+@click.option("--baseline", type=ExistingPath, help="An earlier --json file to compare with, measured the same way.")
 @_errors_are_messages
 def bench(
-    bundle: Path, against: tuple[str, ...], threads: int, batch: int, seconds: float, json_file: Path | None
+    bundle: Path,
+    against: tuple[str, ...],
+    target: tuple[str, ...],
+    threads: int,
+    batch: int,
+    streams: int,
+    seconds: float,
+    json_file: Path | None,
+    baseline: Path | None,
 ) -> None:
     """Measure BUNDLE against its training form and known networks, interleaved in one run."""
-    from foldgroup.report.tables import benchmark_table
+    from foldgroup.report.tables import benchmark_table, comparison_table
 
     with _progress("bench") as step:
         from foldgroup.benchmarking import benchmark as run
+        from foldgroup.earlier import compare, read_report
 
-        report = run(bundle, against, threads=threads, batch=batch, max_seconds=seconds, on_step=step)
+        earlier = read_report(baseline) if baseline is not None else None
+        report = run(
+            bundle,
+            against,
+            target=target,
+            threads=threads,
+            batch=batch,
+            streams=streams,
+            max_seconds=seconds,
+            on_step=step,
+        )
     if json_file is not None and str(json_file) != "-":
         try:
             json_file.write_text(json.dumps(report.as_dict(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
         except OSError as error:
             raise click.UsageError(f"{json_file}: cannot be written ({error.strerror})") from error
     _show(report.as_dict() if str(json_file) == "-" else benchmark_table(report))
+    if earlier is not None:
+        _show(comparison_table(compare(report.as_dict(), earlier)))
+
+
+@main.command()
+@click.argument("bundle", type=ExistingPath)
+@click.argument("images", nargs=-1, required=True, type=ExistingPath)
+@click.option("--target", help="Where to run it, such as openvino:int8.  [default: the first that can run here]")
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes to show.")
+@_json_option
+@_errors_are_messages
+def run(bundle: Path, images: tuple[Path, ...], target: str | None, top: int, as_json: bool) -> None:
+    """Show what BUNDLE sees in IMAGES: the likeliest classes of each."""
+    from foldgroup.predict import predict_with
+    from foldgroup.report.tables import prediction_table
+
+    with _progress("run"):
+        predictions = predict_with(bundle, images, target=target, top=top)
+    _show([p.as_dict() for p in predictions] if as_json else prediction_table(predictions))
 
 
 @main.command()
@@ -195,7 +343,7 @@ def explain(bundle: Path) -> None:
 def bisect(checkpoint: Path, input_size: int | None, **reading: Any) -> None:
     """Name the first pass after which the network is no longer the trained one."""
     with _progress("bisect") as step:
-        from foldgroup.compiler import bisect as run
+        from foldgroup.folding import bisect as run
 
         guilty = run(checkpoint, input_size=input_size, on_step=step, **reading)
     if guilty is None:
@@ -218,6 +366,13 @@ def bisect(checkpoint: Path, input_size: int | None, **reading: Any) -> None:
 @click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=0.1, show_default=True)
 @click.option("--weight-decay", type=click.FloatRange(0), default=1e-4, show_default=True, help="Not applied to gates.")
+@click.option(
+    "--freeze-gates",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="Share of the epochs after which gates stop moving once the budget is met; 1: never, as in the paper.",
+)
 @click.option(
     "--input-size", type=click.IntRange(8), default=224, show_default=True, help="Height and width of the input."
 )
@@ -262,7 +417,7 @@ def _progress(verb: str) -> Iterator[Callable[[str], None]]:
 
 def _show(result: Any) -> None:
     """Print a JSON document, or something for people."""
-    if isinstance(result, dict):
+    if isinstance(result, dict | list):
         click.echo(json.dumps(result, indent=1, sort_keys=True, ensure_ascii=False))
         return
     from rich.console import Console

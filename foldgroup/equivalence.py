@@ -11,19 +11,20 @@ depend on how the network scales its outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from foldgroup.certificate import Certificate, certify
 from foldgroup.errors import EquivalenceError
 from foldgroup.pipeline import Check
-from foldgroup.trace import evaluate, shape_of
+from foldgroup.trace import called_module, evaluate, evaluate_rounded
 
 Array = npt.NDArray[Any]
 
@@ -33,16 +34,25 @@ FLOAT64_LIMIT = 1e-9
 
 @dataclass(frozen=True)
 class Limits:
-    """What a tier allows: errors relative to the largest |reference|, agreement as a share of the images."""
+    """What a tier allows: errors relative to the largest |reference|, agreement as a share of the images.
+
+    Agreement is judged on ``enough_images`` or more: of two noisy inputs, one near tie would be half.
+    """
 
     max_error: float
     median_error: float
     top1_agreement: float
+    enough_images: int = 50
 
 
 LIMITS: Mapping[str, Limits] = {
     # float32 rounds to 6e-8; some hundred layers of sums of some thousand products leave about 1e-6 in practice.
-    "fp32": Limits(max_error=1e-4, median_error=1e-5, top1_agreement=0.999),
+    "fp32": Limits(max_error=1e-4, median_error=1e-5, top1_agreement=0.999, enough_images=1),
+    # float16 keeps 11 bits and bfloat16 8: 5e-4 and 4e-3 a rounding, of which a network makes some hundred.
+    "fp16": Limits(max_error=1e-2, median_error=2e-3, top1_agreement=0.98),
+    "bf16": Limits(max_error=8e-2, median_error=2e-2, top1_agreement=0.95),
+    # 8 bits of the range that calibration saw, which a value may leave; accuracy on labelled images is what counts.
+    "int8": Limits(max_error=0.25, median_error=4e-2, top1_agreement=0.9),
 }
 """Tier 3, by precision."""
 
@@ -52,7 +62,7 @@ class ErrorStatistics:
     """How far outputs [N, classes] are from a float64 reference, relative to the largest |reference|.
 
     ``max_error`` is also the smallest tolerance that would have passed. ``top1_agreement`` is the share of the N images
-    whose largest logit is the same.
+    whose largest logit is the same, ``top5_agreement`` the share of the reference's five largest that are among ours.
     """
 
     images: int
@@ -60,6 +70,7 @@ class ErrorStatistics:
     p99_error: float
     median_error: float
     top1_agreement: float
+    top5_agreement: float
 
     @classmethod
     def of(cls, outputs: Array, reference: Array) -> ErrorStatistics:
@@ -80,6 +91,7 @@ class ErrorStatistics:
             p99_error=float(np.percentile(errors, 99)),
             median_error=float(np.median(errors)),
             top1_agreement=float((outputs.argmax(1) == reference.argmax(1)).mean()),
+            top5_agreement=_common_top(outputs, reference, 5),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,7 +118,7 @@ class TierResult:
                 f"median error {seen.median_error:.2e} > {allowed.median_error:.0e}",
             ),
             (
-                seen.top1_agreement < allowed.top1_agreement,
+                seen.images >= allowed.enough_images and seen.top1_agreement < allowed.top1_agreement,
                 f"top-1 agreement {seen.top1_agreement:.2%} < {allowed.top1_agreement:.2%}",
             ),
         )
@@ -118,6 +130,13 @@ class TierResult:
     def as_dict(self) -> dict[str, Any]:
         """For ``verification.json``."""
         return {**self.statistics.as_dict(), "limits": asdict(self.limits), "passed": bool(self)}
+
+
+def _common_top(outputs: Array, reference: Array, k: int) -> float:
+    """Share of the reference's k largest logits that are among the k largest of ``outputs``."""
+    k = min(k, reference.shape[1])
+    ours, theirs = (np.argsort(-logits, axis=1, kind="stable")[:, :k] for logits in (outputs, reference))
+    return float((theirs[:, :, None] == ours[:, None, :]).any(2).mean())
 
 
 def seeded_inputs(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -173,17 +192,41 @@ def first_layer_over(errors: Mapping[str, float], limit: float) -> str | None:
 
 
 def runtime_layer_errors(graph: fx.GraphModule, values: Mapping[str, Array], inputs: Tensor) -> dict[str, float]:
-    """Errors of a runtime's intermediate ``values``, named after layers, against ``graph`` in float64.
+    """Errors of a runtime's ``values``, named after layers, against ``graph`` in float64, in the order of the network.
 
-    Relative to each layer's largest value; layers that the runtime did not return are left out.
+    Relative to each layer's largest value; layers that the runtime did not return are left out. A layer's second call
+    is named ``<layer>_2``, as the ONNX emitter names it.
     """
     reference = evaluate(graph, inputs, keep=True)
-    errors = {}
+    return {
+        name: _relative_error(torch.from_numpy(np.asarray(values[name])), reference[node.name])
+        for name, node in _layer_calls(graph)
+        if name in values
+    }
+
+
+def rounded_layer_errors(
+    graph: fx.GraphModule, dtype: torch.dtype, keep_float: Collection[str], inputs: Tensor
+) -> dict[str, float]:
+    """The same when weights and values are rounded to ``dtype``, as a 16-bit device does it."""
+    rounded = evaluate_rounded(graph, inputs, dtype, keep_float)
+    reference = evaluate(graph, inputs, keep=True)
+    return {name: _relative_error(rounded[node.name], reference[node.name]) for name, node in _layer_calls(graph)}
+
+
+def _layer_calls(graph: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
+    """Every call of a layer with weights, which is one node in any runtime, and its name there."""
+    calls: Counter[str] = Counter()
     for node in graph.graph.nodes:
-        name = str(node.target)
-        if node.op == "call_module" and name in values and shape_of(node):
-            errors[name] = _relative_error(torch.from_numpy(np.asarray(values[name])), reference[node.name])
-    return errors
+        if isinstance(called_module(graph, node), nn.Conv2d | nn.Linear):
+            name = str(node.target)
+            calls[name] += 1
+            yield (name if calls[name] == 1 else f"{name}_{calls[name]}"), node
+
+
+def worst_layer(errors: Mapping[str, float]) -> tuple[str, float] | None:
+    """The layer with the largest error, and that error; None if there is none."""
+    return max(errors.items(), key=lambda item: item[1], default=None)
 
 
 def _relative_error(value: Tensor, reference: Tensor) -> float:

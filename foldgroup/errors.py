@@ -41,12 +41,24 @@ class PassError(FoldgroupError):
     """A pass that broke its contract, or that met a graph it cannot handle."""
 
 
+class TargetError(FoldgroupError):
+    """A target or precision that there is not, or two that do not go together."""
+
+
 class EmitError(FoldgroupError):
     """A target that refused the network."""
 
 
 class RunnerError(FoldgroupError):
     """A runtime that is missing or that refused the model."""
+
+
+class ComparisonError(FoldgroupError):
+    """Two benchmarks that cannot be compared."""
+
+
+class ImageError(FoldgroupError):
+    """An image or a folder of images that cannot be read."""
 
 
 class BundleError(FoldgroupError):

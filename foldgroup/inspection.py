@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from foldgroup.bundle import read_bundle
 from foldgroup.checkpoint import load_checkpoint
-from foldgroup.compiler import fold, manifest_of
 from foldgroup.dialects import GateOrder, ZeroGates
 from foldgroup.errors import BundleError
+from foldgroup.folding import fold
+from foldgroup.manifest import manifest_of
 
 UNIFORM = 32
 """The uniform group count that learned groups are compared with: that of ResNeXt 32×4d and 32×8d."""

@@ -286,6 +286,7 @@ def machine() -> dict[str, str | int | float | list[str] | None]:
         "logical_cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "isa": isa,
+        "clock": _clock(),
         "memory_gib": _memory_gib(),
         # A kernel's local suffix may carry the name of its builder or of the machine.
         "os": f"{platform.system()} {platform.release().partition('-')[0]}",
@@ -305,6 +306,17 @@ def _parse_cpuinfo(text: str) -> tuple[str, list[str]]:
     x86 = {"avx2", "fma", "avx_vnni", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni"}
     arm = {"asimd", "asimdhp", "asimddp", "sve", "sve2", "bf16", "i8mm"}
     return fields.get("model name", ""), sorted(f for f in set(flags) if f in x86 | arm or f.startswith("amx_"))
+
+
+def _clock() -> str | None:
+    """The cores' present clock in MHz and the governor that sets it, as far as Linux tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    mhz = [float(line.partition(":")[2]) for line in text.splitlines() if line.startswith("cpu MHz")]
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    known = [f"{min(mhz):.0f} to {max(mhz):.0f} MHz"] if mhz else []
+    known += [governor.read_text().strip()] if governor.is_file() else []
+    return ", ".join(known) or None
 
 
 def _memory_gib() -> float | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -174,6 +174,20 @@ def evaluate(
     return {**interpreter.kept, "output": result}
 
 
+def evaluate_rounded(
+    graph: fx.GraphModule, inputs: Tensor, dtype: torch.dtype, keep_float: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Every value of ``graph``, by node name, as a 16-bit device computes it: weights and values rounded to ``dtype``.
+
+    Sums are in float32, as tensor cores' are. Layers in ``keep_float`` keep their weights and sums; what they return is
+    rounded like every other value.
+    """
+    interpreter = _Rounding(graph, dtype, keep_float)
+    with torch.inference_mode():
+        interpreter.run(inputs.to(torch.float32, copy=True))
+    return interpreter.kept
+
+
 class _Casting(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule, dtype: torch.dtype, keep: bool) -> None:
         super().__init__(graph)
@@ -196,6 +210,29 @@ class _Casting(fx.Interpreter):
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = self.fetch_attr(target)
         return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+class _Rounding(_Casting):
+    """Computes in float32 and rounds."""
+
+    def __init__(self, graph: fx.GraphModule, dtype: torch.dtype, keep_float: Collection[str]) -> None:
+        super().__init__(graph, torch.float32, keep=True)
+        self.rounded_to = dtype
+        self.keep_float = keep_float
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "output" or not isinstance(value, Tensor):
+            return value
+        value = value.to(self.rounded_to).float()
+        self.kept[n.name] = value.clone()
+        return value
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        if target not in self.keep_float and any(True for _ in _tensors(module)):
+            module = copy.deepcopy(module).to(self.rounded_to)
+        return copy.deepcopy(module).float()(*args, **kwargs)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -3,8 +3,8 @@
 The recipe is section 4's of the paper: SGD with momentum 0.9 and weight decay 1e-4, a cosine learning rate, random crop
 and flip, gates from ±1e-8, and the loss multiplied by [o/ζ]^a while ζ > o (section 3.3). Two departures, both plain:
 weight decay leaves the gates alone (they have no scale to decay), and part of the training images is held out to choose
-the epoch that is kept, so that test images are only ever used for the final measurement. A third on request, which the
-paper does not have: ``freeze_gates`` stops the gates late in training, once the budget is met. The penalty is gentle, so
+the epoch that is kept, so that test images are only ever used for the final measurement. A third on request, not in the
+paper: ``freeze_gates`` stops the gates late in training, once the budget is met. The penalty is gentle, so
 a short run may otherwise end over budget, or with a gate that still changes sign.
 """
 

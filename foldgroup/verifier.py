@@ -1,26 +1,26 @@
 """Verifying a bundle: is what stands in it still the network that was trained.
 
-Without the checkpoint: every file has its recorded hash, and ONNX Runtime reproduces the golden float64 logits. With
-it, everything is done again from the checkpoint: the passes, the certificate, the weights in ``model.onnx`` bit for
-bit, the float64 tier and the runtime tier. With labelled images: accuracy, and agreement with the training form in
-float64.
+Without the checkpoint: every file has its recorded hash, and every runtime at hand reproduces the golden float64 logits
+in every precision. With it, everything is done again from the checkpoint: the passes, the certificate, the weights in
+the ONNX files, the float64 tier, the runtime tiers, and the error of every layer. With labelled images: accuracy, and
+agreement with the training form in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from foldgroup.bundle import GOLDEN, Bundle, read_bundle
-from foldgroup.checkpoint import Preprocessing, load_checkpoint
-from foldgroup.compiler import Folded, fold
-from foldgroup.emit.onnx import MODEL, intermediate_outputs, stored_weights_match
+from foldgroup.bundle import Bundle, read_bundle
+from foldgroup.checkpoint import load_checkpoint
+from foldgroup.emit.onnx import stored_weights_match
 from foldgroup.equivalence import (
     FLOAT64_LIMIT,
     LIMITS,
@@ -28,36 +28,55 @@ from foldgroup.equivalence import (
     TierResult,
     first_layer_over,
     float64_error,
-    runtime_layer_errors,
+    worst_layer,
 )
-from foldgroup.errors import BundleError, EquivalenceError, FoldgroupError
-from foldgroup.run import OnnxRuntimeRunner
+from foldgroup.errors import EquivalenceError, RunnerError
+from foldgroup.folding import Folded, fold
+from foldgroup.golden import Golden
+from foldgroup.images import labelled_batches
+from foldgroup.lowering import packed_for
+from foldgroup.run import Runner
+from foldgroup.targets import Variant, find_target, make_runner, parse_variants
+from foldgroup.tiers import precision_layer_errors, run_tier
 from foldgroup.trace import evaluate
 
-BATCH = 50
-"""Images run at a time."""
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check: what was compared, whether it passed, and the finding in words."""
+    """One check: what was compared, whether it passed (None: it cannot be made here), and the finding in words."""
 
     name: str
-    passed: bool
+    passed: bool | None
     finding: str
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of labelled images whose class is the largest logit, or among the five largest."""
+
+    images: int
+    top1: float
+    top5: float
 
 
 @dataclass
 class Verification:
-    """All checks of a bundle; truthy if every one passed."""
+    """All checks of a bundle; truthy if every one that could be made passed."""
 
     checks: list[CheckResult] = field(default_factory=list)
     tiers: dict[str, TierResult] = field(default_factory=dict)
-    top1_accuracy: float | None = None
-    """Share of the labelled images that the bundle's model gets right."""
+    accuracy: dict[str, Accuracy] = field(default_factory=dict)
+    """On the labelled images, by variant."""
 
     def __bool__(self) -> bool:
-        return all(check.passed for check in self.checks)
+        return all(check.passed is not False for check in self.checks)
+
+    @property
+    def top1_accuracy(self) -> float | None:
+        """Share of the labelled images that the first variant gets right."""
+        return next((accuracy.top1 for accuracy in self.accuracy.values()), None)
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -66,6 +85,9 @@ class Verification:
             "checks": [{"name": c.name, "passed": c.passed, "finding": c.finding} for c in self.checks],
             "tiers": {name: tier.as_dict() for name, tier in self.tiers.items()},
             "top1_accuracy": self.top1_accuracy,
+            "accuracy": {
+                name: {"images": a.images, "top1": a.top1, "top5": a.top5} for name, a in self.accuracy.items()
+            },
         }
 
 
@@ -73,62 +95,48 @@ def verify(
     bundle: str | Path,
     checkpoint: str | Path | None = None,
     *,
+    target: Sequence[str] = (),
     data: str | Path | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Verification:
     """Check ``bundle``, against ``checkpoint`` if given, on the labelled images in the folder ``data`` if given.
 
-    The checkpoint is read with the options it was compiled with (recorded in the bundle).
+    ``target`` are names such as ``openvino`` or ``openvino:int8``; by default every target and precision that the
+    bundle was compiled for, of which those that cannot run here are reported, and ONNX Runtime if none can. The
+    checkpoint is read with the options it was compiled with (recorded in the bundle).
 
     Raises:
-        FoldgroupError: if the bundle, the checkpoint or the data cannot be read; a check that fails does not raise.
+        FoldgroupError: if the bundle, the checkpoint or the data cannot be read, or a target asked for cannot run; a
+            check that fails does not raise.
     """
     opened = read_bundle(Path(bundle))
+    wanted = parse_variants(target, opened.variants) if target else opened.variants
     result = Verification()
     with _recorded(result, "files"):
         result.checks.append(CheckResult("files", True, f"{opened.check_files()} files have their recorded SHA-256"))
     on_step("files")
+    golden = Golden.load(opened)
     folded = _fold_again(opened, Path(checkpoint), result) if checkpoint is not None else None
     on_step("training form")
-    model = opened.read(MODEL)
-    inputs, reference = _golden(opened)
     if folded is not None:
-        with _recorded(result, "ONNX weights"):
-            count = stored_weights_match(model, folded.folded)
-            result.checks.append(
-                CheckResult("ONNX weights", True, f"{count} layers are bit-equal to the folded network")
-            )
-        reference = evaluate(folded.training, inputs)["output"]
-        error = float64_error(reference, folded.folded, inputs)
+        golden = golden.again(folded.training)
+        _check_models(opened, folded, result)
+        error = float64_error(golden.logits, folded.folded, golden.inputs)
         finding = f"max error {error:.1e} of the largest output, limit {FLOAT64_LIMIT:.0e}"
         result.checks.append(CheckResult("float64", error <= FLOAT64_LIMIT, finding))
         on_step("float64")
-    with OnnxRuntimeRunner(model) as runner:
-        _add_tier(
-            result, "onnxruntime fp32, golden inputs", runner.run(inputs.numpy()), reference, model, folded, inputs
-        )
-        on_step("ONNX Runtime")
+    with ExitStack() as stack:
+        runners = _enter(stack, opened, wanted, result, must=bool(target))
+        for variant, runner in runners.items():
+            with _recorded(result, f"{variant}, golden inputs"):
+                _add(
+                    result, "golden inputs", run_tier(variant, runner, golden), _Layers(opened, variant, folded, golden)
+                )
+            on_step(str(variant))
         if data is not None:
-            _check_images(result, opened, runner, Path(data), model, folded)
+            _check_images(opened, runners, Path(data), folded, golden, result)
             on_step("images")
     return result
-
-
-def _fold_again(bundle: Bundle, checkpoint: Path, result: Verification) -> Folded | None:
-    options = bundle.passes["options"]
-    loaded = load_checkpoint(
-        checkpoint, arch=options["arch"], gate_order=options["gate_order"], zero_gates=options["zero_gates"]
-    )
-    same = loaded.sha256 == bundle.manifest["checkpoint"]["sha256"]
-    finding = "the file that was compiled" if same else "not the file that was compiled: judged by its weights alone"
-    result.checks.append(CheckResult("checkpoint", True, finding))
-    with _recorded(result, "certificate"):
-        folded = fold(loaded, input_size=options["input_size"])
-        counts = folded.certificate
-        finding = f"{counts.weights_kept:,} weights bit-equal, {counts.weights_pruned:,} pruned where the mask is zero"
-        result.checks.append(CheckResult("certificate", True, finding))
-        return folded
-    return None
 
 
 class _recorded:
@@ -148,87 +156,132 @@ class _recorded:
         return False
 
 
-def _golden(bundle: Bundle) -> tuple[Tensor, Tensor]:
-    from safetensors.torch import load
+def _fold_again(bundle: Bundle, checkpoint: Path, result: Verification) -> Folded | None:
+    options = bundle.passes["options"]
+    loaded = load_checkpoint(
+        checkpoint, arch=options["arch"], gate_order=options["gate_order"], zero_gates=options["zero_gates"]
+    )
+    same = loaded.sha256 == bundle.manifest["checkpoint"]["sha256"]
+    finding = "the file that was compiled" if same else "not the file that was compiled: judged by its weights alone"
+    result.checks.append(CheckResult("checkpoint", True, finding))
+    with _recorded(result, "certificate"):
+        folded = fold(loaded, input_size=options["input_size"])
+        counts = folded.certificate
+        finding = f"{counts.weights_kept:,} weights bit-equal, {counts.weights_pruned:,} pruned where the mask is zero"
+        result.checks.append(CheckResult("certificate", True, finding))
+        return folded
+    return None
 
-    try:
-        tensors = load(bundle.read(GOLDEN))
-        return tensors["input"], tensors["logits"]
-    except FoldgroupError:
-        raise
-    except Exception as error:
-        raise BundleError(f"{bundle.path / GOLDEN}: not the golden inputs ({error}); compile again") from error
+
+def _check_models(bundle: Bundle, folded: Folded, result: Verification) -> None:
+    """The weights of every ONNX file against the folded network."""
+    for precision, model in bundle.models.items():
+        name = "ONNX weights" if precision == bundle.manifest["precision"] else f"ONNX weights {precision}"
+        with _recorded(result, name):
+            count = stored_weights_match(bundle.read(model["file"]), packed_for(precision, folded).folded)
+            how = "within half a step of" if precision == "int8" else "bit-equal to"
+            result.checks.append(CheckResult(name, True, f"{count} layers are {how} the folded network"))
 
 
-def _add_tier(
-    result: Verification,
-    name: str,
-    outputs: np.ndarray[Any, Any],
-    reference: Tensor,
-    model: bytes,
-    folded: Folded | None,
-    inputs: Tensor,
-) -> None:
-    """Record a runtime's outputs against the reference; if they fail, find the first layer that is off."""
-    precision = name.split()[1].rstrip(",")
-    with _recorded(result, name):
-        tier = TierResult(name, ErrorStatistics.of(outputs, reference.numpy()), LIMITS[precision])
-        result.tiers[name] = tier
-        seen = tier.statistics
-        finding = f"max error {seen.max_error:.1e}, top-1 agreement {seen.top1_agreement:.2%} of {seen.images}"
-        if not tier:
-            finding = "; ".join(tier.violations)
-            if folded is not None:
-                values = intermediate_outputs(model, inputs.numpy())
-                errors = runtime_layer_errors(folded.folded, values, inputs)
-                finding += f"; first layer over: {first_layer_over(errors, LIMITS[precision].max_error)}"
-        result.checks.append(CheckResult(name, bool(tier), finding))
+def _enter(
+    stack: ExitStack, bundle: Bundle, wanted: Iterable[Variant], result: Verification, *, must: bool
+) -> dict[Variant, Runner]:
+    """Load every variant; what cannot be loaded here is recorded as not run, unless it must be."""
+    runners: dict[Variant, Runner] = {}
+
+    def enter(variant: Variant) -> None:
+        with _recorded(result, str(variant)):
+            runners[variant] = stack.enter_context(make_runner(variant, bundle.content(variant)))
+
+    for variant in wanted:
+        try:
+            enter(variant)
+        except RunnerError as error:
+            if must:
+                raise
+            result.checks.append(CheckResult(str(variant), None, str(error)))
+    if not runners:  # a bundle for GPUs alone: at least its ONNX file runs here
+        onnxruntime = find_target("onnxruntime")
+        for precision in bundle.models:
+            if precision in onnxruntime.precisions:
+                enter(Variant(onnxruntime, precision))
+    return runners
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """What it takes to say which layer is to blame."""
+
+    bundle: Bundle
+    variant: Variant
+    folded: Folded | None
+    golden: Golden
+
+    def errors(self) -> Mapping[str, float]:
+        """Every layer's error in the variant's precision; empty without the checkpoint."""
+        if self.folded is None:
+            return {}
+        precision = self.variant.precision
+        model = self.bundle.models[precision]
+        content = self.bundle.read(model["file"])
+        kept = tuple(model.get("keep_float", ()))
+        return precision_layer_errors(precision, packed_for(precision, self.folded), content, kept, self.golden)
+
+
+def _add(result: Verification, what: str, tier: TierResult, layers: _Layers) -> None:
+    """Record a runtime's tier, with the layer that is off most or, if it failed, the first over the limit."""
+    name = f"{tier.name}, {what}"
+    result.tiers[name] = tier
+    seen = tier.statistics
+    finding = (
+        f"max error {seen.max_error:.1e}, top-1 agreement {seen.top1_agreement:.2%}, top-5 {seen.top5_agreement:.2%} "
+        f"of {seen.images}"
+    )
+    if not tier:
+        finding = "; ".join(tier.violations)
+        errors = layers.errors()
+        if errors:
+            first = first_layer_over(errors, LIMITS[layers.variant.precision].max_error)
+            finding += f"; first layer over: {first}"
+    elif layers.variant.precision != "fp32" and what == "golden inputs":
+        worst = worst_layer(layers.errors())
+        if worst is not None:
+            finding += f"; worst layer {worst[0]}, {worst[1]:.1e}"
+    result.checks.append(CheckResult(name, bool(tier), finding))
 
 
 def _check_images(
-    result: Verification, bundle: Bundle, runner: OnnxRuntimeRunner, data: Path, model: bytes, folded: Folded | None
+    bundle: Bundle,
+    runners: Mapping[Variant, Runner],
+    data: Path,
+    folded: Folded | None,
+    golden: Golden,
+    result: Verification,
 ) -> None:
-    right = total = 0
-    outputs, references, last = [], [], None
-    for images, labels in _labelled_batches(bundle, data):
-        logits = runner.run(images.numpy())
-        right += int((logits.argmax(1) == labels.numpy()).sum())
-        total += len(labels)
+    """Accuracy of every variant on labelled images and, with the checkpoint, its agreement with float64."""
+    outputs: dict[Variant, list[Array]] = {variant: [] for variant in runners}
+    references, labels = [], []
+    for images, numbers in labelled_batches(bundle, data):
+        labels.append(numbers.numpy())
+        for variant, runner in runners.items():
+            outputs[variant].append(runner.run(images.numpy()))
         if folded is not None:
-            outputs.append(logits)
             references.append(evaluate(folded.training, images)["output"])
-            last = images
-    result.top1_accuracy = right / total
-    result.checks.append(CheckResult("accuracy", True, f"top-1 {right / total:.2%} of {total} images ({right} right)"))
-    if last is not None:
-        name = "onnxruntime fp32, images"
-        _add_tier(result, name, np.concatenate(outputs), torch.cat(references), model, folded, last)
+    classes = np.concatenate(labels)
+    for variant, batches in outputs.items():
+        logits = np.concatenate(batches)
+        accuracy = _accuracy(logits, classes)
+        result.accuracy[str(variant)] = accuracy
+        finding = f"top-1 {accuracy.top1:.2%}, top-5 {accuracy.top5:.2%} of {accuracy.images} images"
+        result.checks.append(CheckResult(f"{variant}, accuracy", True, finding))
+        if references:
+            reference = torch.cat(references).numpy()
+            statistics = ErrorStatistics.of(logits, reference)
+            tier = TierResult(str(variant), statistics, LIMITS[variant.precision])
+            _add(result, "images", tier, _Layers(bundle, variant, folded, golden))
 
 
-def _labelled_batches(bundle: Bundle, data: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of images [N, C, H, W] and class numbers [N], by the network's class names if it has any."""
-    from torch.utils.data import DataLoader
-    from torchvision.datasets import ImageFolder
-
-    settings = dict(bundle.preprocessing)
-    names = settings.pop("classes")
-    channels, *_ = bundle.input_shape
-    if channels != 3:
-        raise BundleError(f"{data}: images have 3 channels, the network takes {channels}")
-    try:
-        images = ImageFolder(data, Preprocessing(**settings).transform())
-    except OSError as error:
-        raise BundleError(f"{data}: not a folder with one sub-folder of images per class ({error})") from error
-    unknown = [name for name in images.classes if names and name not in names]
-    classes = bundle.manifest["output"]["shape"][1]
-    if unknown or (not names and len(images.classes) != classes):
-        what = f"{unknown[0]!r} is none of the network's classes" if unknown else f"the network has {classes} classes"
-        raise BundleError(f"{data}: {len(images.classes)} class folders, but {what}")
-    number = torch.tensor([names.index(name) if names else i for i, name in enumerate(images.classes)])
-    fixed = bundle.manifest["input"]["shape"][0]
-    batch = fixed if isinstance(fixed, int) else BATCH
-    try:
-        for batch_images, labels in DataLoader(images, batch_size=batch, drop_last=isinstance(fixed, int)):
-            yield batch_images, number[labels]
-    except OSError as error:  # Pillow's errors are
-        raise BundleError(f"{data}: an image cannot be read ({error}); remove or replace it") from error
+def _accuracy(logits: Array, classes: Array) -> Accuracy:
+    ranked = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    hits = ranked == classes[:, None]
+    return Accuracy(len(classes), float(hits[:, 0].mean()), float(hits.any(1).mean()))

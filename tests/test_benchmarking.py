@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from foldgroup import benchmarking
-from foldgroup.benchmarking import FOLDED, TRAINING, BenchmarkReport, Comparison, baseline_builder, benchmark
+from foldgroup import candidates
+from foldgroup.benchmarking import DEFAULT_BASELINES, BenchmarkReport, Comparison, benchmark
 from foldgroup.bundle import read_bundle
+from foldgroup.candidates import FOLDED, TRAINING, baseline_builder, folded_form, training_form
 from foldgroup.equivalence import seeded_inputs
 from foldgroup.errors import BundleError, EquivalenceError, ModelError, RunnerError
 from foldgroup.inspection import inspect
-from foldgroup.measure import Ratio
+from foldgroup.measure import Ratio, grouped_macs, layer_costs
 from foldgroup.run import OnnxRuntimeRunner
 
 
@@ -61,7 +62,7 @@ class TestReport:
         text = json.dumps(report.as_dict(), allow_nan=False)
         assert str(tiny_bundle.parent) not in text
         document = json.loads(text)
-        assert document["runtime"]["provider"] == "CPUExecutionProvider"
+        assert document["subjects"][0]["runtime"]["provider"] == "CPUExecutionProvider"
         assert (document["batch"], document["threads"], document["input_shape"]) == (2, 1, [2, 3, 16, 16])
         assert document["machine"]["logical_cores"] > 0
         assert document["subjects"][0]["flops"] == 2 * document["subjects"][0]["macs"]
@@ -71,17 +72,19 @@ class TestReport:
 class TestForms:
     def test_training_form_is_the_same_function_with_dense_kernels(self, tiny_bundle: Path) -> None:
         bundle = read_bundle(tiny_bundle)
-        folded, training = benchmarking._forms(bundle)
+        (variant,) = bundle.variants
+        folded, training = folded_form(bundle, variant, FOLDED), training_form(bundle, variant)
+        assert training is not None
         images = seeded_inputs((3, *bundle.input_shape)).numpy()
-        with OnnxRuntimeRunner(folded.model) as a, OnnxRuntimeRunner(training.model) as b:
+        with OnnxRuntimeRunner(folded.content) as a, OnnxRuntimeRunner(training.content) as b:
             np.testing.assert_allclose(a.run(images), b.run(images), rtol=0, atol=1e-5)
 
     def test_grouped_baseline(self) -> None:
         """A baseline's grouped multiply-adds are those of its convolutions with groups."""
         model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=4), nn.BatchNorm2d(8), nn.Flatten())
-        graph = benchmarking._folded(model, (1, 3, 6, 6))
-        costs = benchmarking.layer_costs(graph)
-        assert benchmarking.grouped_macs(costs) == 4 * 4 * 8 * 9 * 2
+        graph = candidates._folded(model, (1, 3, 6, 6))
+        costs = layer_costs(graph)
+        assert grouped_macs(costs) == 4 * 4 * 8 * 9 * 2
         assert not any(isinstance(module, nn.BatchNorm2d) for module in graph.modules())
 
 
@@ -101,7 +104,7 @@ class TestBaselines:
         assert {m.groups for m in model.modules() if isinstance(m, nn.Conv2d)} == {1, 32}
 
     def test_every_default_can_be_built(self) -> None:
-        for names in benchmarking.DEFAULT_BASELINES.values():
+        for names in DEFAULT_BASELINES.values():
             assert all(callable(baseline_builder(name)) for name in names)
 
     def test_one_that_does_not_fit_the_input(self, tiny_bundle: Path) -> None:

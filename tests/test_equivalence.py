@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import SIZE, tiny_network
+from torch import nn
 
 from foldgroup.certificate import certify
 from foldgroup.equivalence import (
@@ -18,6 +19,7 @@ from foldgroup.equivalence import (
     float64_error,
     layer_errors,
     pass_check,
+    rounded_layer_errors,
     runtime_layer_errors,
     seeded_inputs,
 )
@@ -102,3 +104,43 @@ def test_runtime_values_are_compared_by_layer_name() -> None:
     errors = runtime_layer_errors(graph, values, inputs)
     assert errors["conv1"] == 0 and errors["fc"] > 1e-3
     assert first_layer_over(errors, 1e-9) == "fc"
+
+
+@pytest.mark.parametrize("dtype, unit", [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+def test_rounding_errors_grow_from_a_unit_and_a_kept_layer_has_none_of_its_own(dtype, unit) -> None:
+    graph = trace(tiny_network(), (1, *SHAPE[1:]))
+    inputs = seeded_inputs(SHAPE)
+    errors = rounded_layer_errors(graph, dtype, (), inputs)
+    layers = [name for name, module in graph.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert set(errors) == set(layers)
+    assert 0.05 * unit < errors["conv1"] < 4 * unit
+    assert all(0 < error < 100 * unit for error in errors.values())
+    kept = rounded_layer_errors(graph, dtype, layers, inputs)
+    assert kept["conv1"] < errors["conv1"]
+
+
+def test_a_layer_called_twice_is_two_layers_of_a_runtime() -> None:
+    shared = nn.Conv2d(3, 3, 3, padding=1)
+    graph = trace(nn.Sequential(shared, nn.ReLU(), shared), (1, 3, 8, 8))
+    inputs = seeded_inputs((2, 3, 8, 8))
+    values = {name: value.numpy() for name, value in evaluate(graph, inputs, keep=True).items()}
+    errors = runtime_layer_errors(graph, {"0": values["_0"], "0_2": values["_0_1"]}, inputs)
+    assert errors == {"0": 0.0, "0_2": 0.0}
+
+
+def test_top_five_agreement_counts_the_references_five_in_ours() -> None:
+    reference = np.arange(8.0)[None]
+    ours = reference.copy()
+    ours[0, [3, 2]] = ours[0, [2, 3]]  # the fifth and the sixth change places
+    assert ErrorStatistics.of(ours, reference).top5_agreement == 0.8
+    assert ErrorStatistics.of(reference[:, :3], reference[:, :3]).top5_agreement == 1
+
+
+def test_agreement_is_judged_on_enough_images_only() -> None:
+    reference = np.array([[1.0, 1.001]])
+    swapped = ErrorStatistics.of(reference[:, ::-1], reference)
+    assert swapped.top1_agreement == 0
+    assert not TierResult("t", swapped, LIMITS["fp32"])
+    assert TierResult("t", swapped, LIMITS["bf16"])
+    many = ErrorStatistics.of(np.tile(reference[:, ::-1], (60, 1)), np.tile(reference, (60, 1)))
+    assert not TierResult("t", many, LIMITS["bf16"])

@@ -172,17 +172,24 @@ def _same_bias(stored: _Stored | None, bias: Tensor | None) -> bool:
     return alone is None or not bool(alone.any())  # zeros need not be stored
 
 
-def intermediate_outputs(model: bytes, inputs: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
-    """Every value that ONNX Runtime computes for ``inputs`` [N, C, H, W], by the name of its layer."""
+def with_all_outputs(model: bytes) -> tuple[bytes, list[str]]:
+    """An ONNX model that also gives every value its nodes compute, and the names of these in the order they run."""
     import onnx
 
+    proto = onnx.load_from_string(model)
+    given = {value.name for value in proto.graph.output}
+    names = [node.output[0] for node in proto.graph.node]
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in given)
+    return proto.SerializeToString(), names
+
+
+def intermediate_outputs(model: bytes, inputs: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
+    """Every value that ONNX Runtime computes for ``inputs`` [N, C, H, W], by the name of its layer."""
     from foldgroup.run.base import import_runtime
 
     ort = import_runtime("onnxruntime", "onnxruntime")
-    proto = onnx.load_from_string(model)
-    names = [node.output[0] for node in proto.graph.node]
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name != OUTPUT)
-    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    every, names = with_all_outputs(model)
+    session = ort.InferenceSession(every, providers=["CPUExecutionProvider"])
     return dict(zip(names, session.run(names, {INPUT: inputs}), strict=True))
 
 

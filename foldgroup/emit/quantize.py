@@ -47,14 +47,15 @@ _OPTIONS = {
 class Quantizer:
     """Calibrates once, and then quantises as often as asked with other layers kept in float.
 
-    ``model`` is a float32 ONNX file, ``images`` [N, C, H, W] what its ranges are taken from.
+    ``model`` is a float32 ONNX file, ``images`` [N, C, H, W] what its ranges are taken from; ``batch`` is the batch of
+    a model that has a fixed one.
 
     Raises:
         EmitError: if there are no images or the quantiser refuses the network.
     """
 
     def __init__(
-        self, model: bytes, images: npt.NDArray[np.float32], *, method: Calibration = "minmax", batch: int = BATCH
+        self, model: bytes, images: npt.NDArray[np.float32], *, method: Calibration = "minmax", batch: int | None = None
     ) -> None:
         if method not in get_args(Calibration):
             raise EmitError(f"no calibration {method!r}: choose {', '.join(get_args(Calibration))}")
@@ -105,7 +106,7 @@ class Quantizer:
             return content
 
 
-def _ranges(model: bytes, images: npt.NDArray[np.float32], method: Calibration, batch: int) -> Any:
+def _ranges(model: bytes, images: npt.NDArray[np.float32], method: Calibration, batch: int | None) -> Any:
     """The range of every activation over ``images``, in the quantiser's own form."""
     quantization = import_runtime("onnxruntime.quantization", "onnxruntime")
     methods = {
@@ -134,8 +135,11 @@ def _ranges(model: bytes, images: npt.NDArray[np.float32], method: Calibration, 
             providers=["CPUExecutionProvider"],
             extra_options={"symmetric": True},
         )
-        for start in range(0, len(images), batch):  # each call digests its batch, so memory stays that of one
-            calibrator.collect_data(Batches(images[start : start + batch]))
+        if batch is not None:  # a fixed batch takes no remainder: begin again with the first images
+            images = images[np.arange(-len(images) // batch * -batch) % len(images)]
+        size = batch or BATCH
+        for start in range(0, len(images), size):  # each call digests its batch, so memory stays that of one
+            calibrator.collect_data(Batches(images[start : start + size]))
         return calibrator.compute_data()
 
 

@@ -16,7 +16,9 @@ from foldgroup.report.layout import bar, count, facts, grid, heading, paragraph,
 if TYPE_CHECKING:
     from foldgroup.benchmarking import BenchmarkReport
     from foldgroup.bundle import Bundle
+    from foldgroup.earlier import Change
     from foldgroup.inspection import Inspection
+    from foldgroup.predict import Prediction
     from foldgroup.verifier import Verification
 
 CELLS = 20
@@ -110,20 +112,22 @@ def benchmark_table(report: BenchmarkReport) -> Group:
     """Times, costs and speed-ups of a benchmark, and a plain sentence for each comparison."""
     c, h, w = report.input_shape
     threads = "default" if report.threads is None else report.threads
-    times = grid(["subject", "median ms", "p90 ms", "p99 ms", "cv", "images/s"])
+    times = grid(["subject", "precision", "median ms", "p90 ms", "p99 ms", "cv", "images/s"], left=(0, 1))
     costs = grid(["one image", "MACs", "FLOPs", "grouped\nMACs", "share", "parameters", "file"])
     for s in report.subjects:
         latency = s.latency
         quantiles = (latency.median_ms, latency.p90_ms, latency.p99_ms)
         milliseconds = (f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}" for ms in quantiles)
-        times.add_row(s.name, *milliseconds, f"{latency.cv:.1%}", f"{s.images_per_second:.1f}")
+        times.add_row(
+            s.name, str(s.runtime["precision"]), *milliseconds, f"{latency.cv:.1%}", f"{s.images_per_second:.1f}"
+        )
         grouped = (count(s.grouped_macs), f"{s.grouped_share:.1%}")
         costs.add_row(s.name, count(s.macs), count(s.flops), *grouped, count(s.params), size(s.file_bytes))
-    ratios = grid(["speed-up of the folded form", "ratio", "interval", "folded is"], left=(0, 3))
+    ratios = grid(["speed-up of", "over", "ratio", "interval", "it is"], left=(0, 1, 4))
     for comparison in report.comparisons:
         r = comparison.ratio
         interval = f"{r.low:.3f} to {r.high:.3f} ({r.confidence:.0%})"
-        ratios.add_row(f"over {comparison.other}", f"{r.value:.3f}", interval, comparison.folded_is)
+        ratios.add_row(comparison.subject, comparison.other, f"{r.value:.3f}", interval, comparison.folded_is)
     notes = [
         "FLOPs = 2·MACs. Grouped MACs are those of layers that learned groups (in the training form, of their dense "
         "kernels) or, in a baseline, of convolutions with more than one group."
@@ -131,12 +135,17 @@ def benchmark_table(report: BenchmarkReport) -> Group:
     if any(s.kind == "baseline" for s in report.subjects):
         notes.append("Baselines have random weights: their accuracy is not compared.")
     isa = " ".join(report.machine.get("isa") or ())
+    runtimes = dict.fromkeys(
+        " ".join(str(s.runtime[key]) for key in ("runtime", "version", "provider")) for s in report.subjects
+    )
     where = [
-        ("Runtime", " ".join(str(value) for key, value in report.runtime.items() if key != "threads")),
+        *(("Runtime", runtime) for runtime in runtimes),
+        *(("Not run", note) for note in report.notes),
         ("Machine", f"{report.machine.get('processor')}, {report.machine.get('usable_cores')} usable cores, {isa}"),
     ]
+    streams = f", {report.streams} streams at a time" if report.streams > 1 else ""
     return Group(
-        heading(f"{report.checkpoint['arch']}, batch {report.batch} of {c}×{h}×{w}, threads: {threads}"),
+        heading(f"{report.checkpoint['arch']}, batch {report.batch} of {c}×{h}×{w}, threads: {threads}{streams}"),
         paragraph(f"{report.rounds} rounds, every subject once a round in random order"),
         "",
         times,
@@ -150,6 +159,26 @@ def benchmark_table(report: BenchmarkReport) -> Group:
         *(paragraph(note) for note in notes),
         facts(where),
     )
+
+
+def comparison_table(changes: Sequence[Change]) -> Group:
+    """Every subject's time then and now."""
+    table = grid(["subject", "then ms", "now ms", "times as fast"])
+    for change in changes:
+        table.add_row(change.subject, f"{change.before_ms:.3f}", f"{change.now_ms:.3f}", f"{change.speed_up:.3f}")
+    note = "Two runs, not interleaved: the machine's drift stands in these ratios, and they have no interval."
+    return Group("", table, "", paragraph(note))
+
+
+def prediction_table(predictions: Sequence[Prediction]) -> Group:
+    """The likeliest classes of every image, with their probabilities as bars."""
+    parts: list[RenderableType] = []
+    for prediction in predictions:
+        table = grid(["class", "probability", ""], left=(0, 1))
+        for name, probability in prediction.entries:
+            table.add_row(Text(name), bar(CELLS * probability, CELLS), f"{probability:.1%}")
+        parts += [heading(str(prediction.path)), table, ""]
+    return Group(*parts[:-1])
 
 
 def compile_summary(bundle: Bundle) -> Group:
@@ -197,17 +226,29 @@ def _equality(bundle: Bundle) -> Iterator[tuple[str, str]]:
     yield "float64", f"max error {error:.1e} of the largest output (limit {FLOAT64_LIMIT:.0e})"
     for name, tier in sorted(bundle.verification["tiers"].items()):
         agreement = f"top-1 agreement {tier['top1_agreement']:.2%} of {tier['images']} inputs"
-        yield name, f"max error {tier['max_error']:.1e} (limit {tier['limits']['max_error']:.0e}), {agreement}"
+        yield name, f"max error {tier['max_error']:.1e} (limit {tier['limits']['max_error']:g}), {agreement}"
+    for precision, layers in sorted(bundle.verification.get("worst_layers", {}).items()):
+        worst = ", ".join(f"{entry['layer']} {entry['error']:.1e}" for entry in layers[:3])
+        yield f"{precision} costs", f"most at {worst}"
+    for precision, model in sorted(bundle.models.items()):
+        if "keep_float" in model:
+            yield "Kept in float", f"{precision}: {', '.join(model['keep_float'])}"
+        if "packed" in model:
+            yield "Packed", f"{precision}: groups of {len(model['packed'])} layers widened to what it needs"
+    for name, reason in sorted(bundle.verification.get("not_run", {}).items()):
+        yield name, f"not run here: {reason}"
 
 
 def _engines(bundle: Bundle) -> Iterator[tuple[str, str]]:
     engines: Sequence[dict[str, Any]] = bundle.engines["engines"]
     for engine in engines:
-        gpus = engine["compute_capabilities"]
-        targets = gpus if isinstance(gpus, str) else ", ".join(gpus)
+        gpus = engine.get("compute_capabilities")
+        targets = "" if gpus is None else f" for {gpus if isinstance(gpus, str) else ', '.join(gpus)}"
         least, _, greatest = engine["batch"] or (None, None, None)
         batch = f", batch {least} to {greatest}" if engine["batch"] else ", fixed batch"
-        yield "Engine", f"{engine['file']} by {engine['builder']} {engine['version']} for {targets}{batch}"
+        yield "Engine", f"{engine['file']} by {engine['builder']} {engine['version']}{targets}{batch}"
+        for step in engine.get("fallbacks", ()):
+            yield "  fell back", step
     if not engines:
         yield "Engine", f"none: {bundle.engines.get('note', 'not built')}"
 
@@ -215,9 +256,10 @@ def _engines(bundle: Bundle) -> Iterator[tuple[str, str]]:
 def verification_table(verification: Verification) -> Group:
     """Every check of a bundle, what it found, and the verdict."""
     table = grid(["check", "result", "finding"], left=(0, 1, 2))
+    words = {True: "passed", False: "FAILED", None: "not run"}
     for check in verification.checks:
-        table.add_row(Text(check.name), "passed" if check.passed else "FAILED", Text(check.finding))
-    failed = sum(not check.passed for check in verification.checks)
+        table.add_row(Text(check.name), words[check.passed], Text(check.finding))
+    failed = sum(check.passed is False for check in verification.checks)
     verdict = f"{failed} of {len(verification.checks)} checks failed" if failed else "The bundle is the network it says"
     return Group(table, "", paragraph(f"{verdict}."))
 

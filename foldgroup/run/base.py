@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -94,6 +95,23 @@ class Runner(ABC):
     @abstractmethod
     def _describe(self) -> dict[str, str | int]:
         """All entries of :meth:`describe` but the runtime's name."""
+
+
+def check_count(count: int | None, what: str) -> None:
+    """Refuse to run on fewer than one of ``what``, such as threads; None is the runtime's own choice.
+
+    Raises:
+        RunnerError: if ``count`` is below 1.
+    """
+    if count is not None and count < 1:
+        raise RunnerError(f"cannot run on {count} {what}: give 1 or more")
+
+
+def fits(shape: Sequence[int], declared: Sequence[int | str | None]) -> bool:
+    """Whether a shape agrees with a declared one, whose free axes have a name or None."""
+    if len(shape) != len(declared):
+        return False
+    return all(not isinstance(want, int) or have == want for have, want in zip(shape, declared, strict=True))
 
 
 def import_runtime(module: str, package: str) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 
 from foldgroup.errors import RunnerError
 from foldgroup.nn.dgconv import DGConv2d
-from foldgroup.run.base import Runner
+from foldgroup.run.base import Runner, check_count
 
 _PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -34,8 +34,7 @@ class TorchRunner(Runner):
     def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32, threads: int | None = None) -> None:
         if dtype not in _PRECISIONS:
             raise RunnerError(f"cannot run in {dtype}: choose one of {', '.join(map(str, _PRECISIONS))}")
-        if threads is not None and threads < 1:
-            raise RunnerError(f"cannot run on {threads} threads: give 1 or more")
+        check_count(threads, "threads")
         self._source = module
         self._dtype = dtype
         self._threads = threads
@@ -52,7 +51,7 @@ class TorchRunner(Runner):
         # A copy even in float32: the network may begin with an operation that works in place.
         images = torch.tensor(inputs, dtype=self._dtype)
         try:
-            with torch.inference_mode(), _threads(self._threads):
+            with torch.inference_mode(), torch_threads(self._threads):
                 logits = self._module(images).to(torch.promote_types(self._dtype, torch.float32))
             result: npt.NDArray[Any] = logits.numpy()
         except Exception as error:  # a network raises what it likes
@@ -82,7 +81,7 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
     """Let PyTorch use ``count`` threads, a setting of the whole process, for a while."""
     before = torch.get_num_threads()
     if count is None or count == before:

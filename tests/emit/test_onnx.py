@@ -9,7 +9,8 @@ import torch
 from torch import fx, nn
 
 from foldgroup.channel_order import ChannelOrder
-from foldgroup.emit.onnx import densify, export_onnx, intermediate_outputs, stored_weights_match
+from foldgroup.emit.onnx import export_onnx, intermediate_outputs, stored_weights_match
+from foldgroup.emit.rewrite import densify
 from foldgroup.errors import EmitError, EquivalenceError
 from foldgroup.forms import ChannelShuffle
 from foldgroup.run import OnnxRuntimeRunner

@@ -92,11 +92,14 @@ class TestInspection:
         assert row(text, "Note") == "Note read [so]"
 
 
+RUNTIME = {"runtime": "onnxruntime", "version": "1", "provider": "CPU", "threads": 1, "precision": "fp32"}
+
+
 @pytest.fixture
 def report() -> BenchmarkReport:
     def subject(name: str, kind: Any, ms: float) -> Subject:
         latency = LatencyStats(ms, ms * 1.1, ms * 1.2, ms, 0.021, 400)
-        return Subject(name, kind, latency, 1000 / ms, 4_200_000_000, 700_000_000, 25_000_000, 100_000_000)
+        return Subject(name, kind, latency, 1000 / ms, 4_200_000_000, 700_000_000, 25_000_000, 100_000_000, RUNTIME)
 
     return BenchmarkReport(
         checkpoint={"arch": "g_resnext50", "sha256": "0" * 64, "dialect": "foldgroup"},
@@ -110,10 +113,10 @@ def report() -> BenchmarkReport:
             Comparison(TRAINING, Ratio(2.389, 2.35, 2.43, 0.95)),
             Comparison("resnext101_32x8d", Ratio(0.863, 0.85, 0.87, 0.95)),
         ),
-        runtime={"runtime": "onnxruntime", "version": "1", "provider": "CPU", "threads": 1, "precision": "fp32"},
         machine={"processor": "A processor", "usable_cores": 2, "isa": ["avx2"]},
         threads=1,
         batch=1,
+        streams=1,
         rounds=400,
         version="0",
     )
@@ -122,10 +125,11 @@ def report() -> BenchmarkReport:
 class TestBenchmark:
     def test_times_costs_and_verdicts(self, report: BenchmarkReport) -> None:
         text = shown(benchmark_table(report))
-        times, costs = text.split("one image", 1)
-        assert row(times, FOLDED) == "folded form 47.30 52.03 56.76 2.1% 21.1"
+        times, rest = text.split("one image", 1)
+        costs, ratios = rest.split("speed-up of", 1)
+        assert row(times, FOLDED) == "folded form fp32 47.30 52.03 56.76 2.1% 21.1"
         assert row(costs, FOLDED) == "folded form 4.20 G 8.40 G 700 M 16.7% 25.0 M 100 MB"
-        assert row(text, "over training") == "over training form 2.389 2.350 to 2.430 (95%) faster"
+        assert "folded form training form 2.389 2.350 to 2.430 (95%) faster" in squeezed(ratios)
         assert "The folded form is 2.39 times as fast as the training form" in squeezed(text)
         assert "No speed-up over resnext101_32x8d" in text
         assert "random weights" in text

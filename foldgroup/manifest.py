@@ -1,0 +1,73 @@
+"""The manifest: what was built, from what. No times and no machine, so equal inputs give equal bytes."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from foldgroup.bundle import SCHEMA
+from foldgroup.checkpoint import Checkpoint
+from foldgroup.emit.onnx import BATCH, INPUT, OUTPUT
+from foldgroup.folding import Folded
+from foldgroup.measure import layer_costs, macs, params
+from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.trace import called_module, shape_of
+
+
+def manifest_of(
+    checkpoint: Checkpoint, folded: Folded, batch: int | None = None, precision: str = "fp32"
+) -> dict[str, Any]:
+    """The manifest of a compile with a dynamic batch or ``batch``, but for its files, models and targets."""
+    layers = _learned_layers(folded)
+    executed = macs(folded.folded)
+    packed = sum(layer["executed_macs"] - layer["macs"] for layer in layers)
+    ledger = folded.result.ledger
+    output_shape = shape_of(folded.folded.graph.output_node().all_input_nodes[0])
+    free = batch or BATCH
+    return {
+        "schema": SCHEMA,
+        "checkpoint": {"sha256": checkpoint.sha256, "dialect": checkpoint.dialect, "arch": checkpoint.arch},
+        "input": {"name": INPUT, "shape": [free, *folded.input_shape[1:]]},
+        "output": {"name": OUTPUT, "shape": [free, *output_shape[1:]]},
+        "precision": precision,
+        "versions": {name: version(name) for name in ("foldgroup", "onnx", "onnxscript", "torch")},
+        "layers": layers,
+        "shuffles": {
+            "inserted": len(ledger),
+            "absorbed": sum(entry.fate == "absorbed" for entry in ledger),
+            "cancelled": sum(entry.fate == "cancelled" for entry in ledger),
+            "kept": [{"node": entry.node, "reason": entry.reason} for entry in ledger if entry.fate == "kept"],
+        },
+        "macs": {"training": macs(folded.training), "nominal": executed - packed, "executed": executed},
+        "params": {"training": params(folded.training), "folded": params(folded.folded)},
+        "certificate": folded.certificate.as_dict(),
+    }
+
+
+def _learned_layers(folded: Folded) -> list[dict[str, Any]]:
+    """What became of every DGConv layer, for the manifest; MACs are for one image."""
+    executed = {cost.name: cost for cost in layer_costs(folded.folded)}
+    layers = []
+    for node in folded.training.graph.nodes:
+        layer = called_module(folded.training, node)
+        if not isinstance(layer, DGConv2d):
+            continue
+        name = str(node.target)
+        groups = layer.grouping.groups
+        _, out_channels, *positions = shape_of(node)
+        dense = out_channels * layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
+        for n in positions:
+            dense *= n
+        layers.append(
+            {
+                "name": name,
+                "in_channels": layer.in_channels,
+                "out_channels": layer.out_channels,
+                "gate_bits": list(layer.bits),
+                "groups": groups,
+                "executed_groups": executed[name].groups,
+                "macs": dense // groups,
+                "executed_macs": executed[name].macs,
+            }
+        )
+    return layers
