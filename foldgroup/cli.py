@@ -136,8 +136,9 @@ def inspect(path: Path, as_json: bool, **reading: Any) -> None:
     "--target",
     multiple=True,
     callback=_names,
-    help="Where it will run: onnxruntime, openvino, aotinductor, tensorrt, tensorrt-rtx, or one of these with -cuda, "
-    "-tensorrt or -gpu; repeatable, or with commas.  [default: onnxruntime, and tensorrt-rtx if installed]",
+    help="Where it will run: onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt, openvino, openvino-gpu, aotinductor, "
+    "aotinductor-cuda, tensorrt or tensorrt-rtx, or one in one precision, such as openvino:int8; repeatable, or with "
+    "commas.  [default: onnxruntime, and tensorrt-rtx if installed]",
 )
 @click.option(
     "--precision",
@@ -215,7 +216,7 @@ def compile(
             checkpoint,
             gpu=gpu,
             engine=not no_engine,
-            precision=precision or "fp32",
+            precision=precision,
             engine_settings=settings,
             on_step=step,
             **options,

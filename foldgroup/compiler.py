@@ -25,7 +25,7 @@ from foldgroup.lowering import AUTO, CalibrationData, lower, packed_for
 from foldgroup.manifest import manifest_of
 from foldgroup.measure import machine
 from foldgroup.pipeline import PassRecord, Pipeline
-from foldgroup.targets import Variant, find_target, missing, parse_precisions, variants
+from foldgroup.targets import Variant, choose, missing
 from foldgroup.tiers import precision_layer_errors, run_tiers
 
 CALIBRATION_IMAGES = 256
@@ -45,7 +45,7 @@ def compile(
     input_size: int | None = None,
     batch: int | tuple[int, int, int] | None = None,
     target: Sequence[str] = (),
-    precision: str | Sequence[str] = "fp32",
+    precision: str | Sequence[str] = (),
     keep_float: Sequence[str] = (),
     calibrate: str | Path | None = None,
     calibration: Calibration = "minmax",
@@ -63,8 +63,9 @@ def compile(
 ) -> Bundle:
     """Compile the checkpoint ``source`` into the bundle ``output`` (by default ``<stem>.foldgroup`` here).
 
-    ``target`` are names of :data:`foldgroup.targets.TARGETS`; by default ONNX Runtime, and TensorRT-RTX where it is
-    installed and ``engine`` is true. ``precision`` is one or several of fp32, fp16, bf16 and int8; the first is that of
+    ``target`` are names of :data:`foldgroup.targets.TARGETS`, or TARGET:PRECISION; by default ONNX Runtime, and
+    TensorRT-RTX where it is installed; ``engine`` False leaves out what takes one. ``precision`` is one or several of
+    fp32 (the default), fp16, bf16 and int8, in which every target runs that takes them; the first is that of
     ``model.onnx``. int8 is calibrated on at most ``calibration_images`` images found below the folder ``calibrate``.
     ``keep_float`` are layers that stay in float32: names, wildcards, or ``auto`` to measure which.
 
@@ -82,8 +83,9 @@ def compile(
     source = Path(source)
     output = Path(output) if output is not None else Path(default_bundle_name(source))
     check_target(output, force=force)
-    precisions = parse_precisions([precision] if isinstance(precision, str) else precision)
-    chosen = _variants(target, precisions, engine=engine, gpu=gpu)
+    asked = [precision] if isinstance(precision, str) else precision
+    chosen = _chosen(target, asked, engine=engine, gpu=gpu)
+    precisions = tuple(dict.fromkeys((*asked, *(variant.precision for variant in chosen))))
     fixed = batch if isinstance(batch, int) else None
     settings = replace(
         engine_settings,
@@ -197,7 +199,7 @@ def _check_keep_float(keep_float: Sequence[str], precisions: Sequence[str]) -> N
         raise TargetError(f"--keep-float {AUTO} measures what int8 costs: add int8, or name the layers to keep")
 
 
-def _variants(
+def _chosen(
     names: Sequence[str], precisions: Sequence[str], *, engine: bool, gpu: Sequence[str]
 ) -> tuple[Variant, ...]:
     """What to compile for; refused here, before any work, where it cannot be done.
@@ -205,24 +207,18 @@ def _variants(
     Raises:
         TargetError, EmitError: if a target is unknown, not installed, or does not take what is asked of it.
     """
-    rtx = find_target("tensorrt-rtx")
-    if names:
-        targets = [find_target(name) for name in dict.fromkeys(names)]
-        if not engine:
-            targets = [t for t in targets if t.takes == "onnx"]
-    else:
-        targets = [find_target("onnxruntime")]
-        targets += [rtx] if engine and (gpu or missing(rtx) is None) else []
-        targets = [t for t in targets if set(t.precisions) & set(precisions)] or targets
-    for one in targets:
-        reason = missing(one)
+    if gpu and not names:
+        names = ("onnxruntime", "tensorrt-rtx")
+    variants = choose(names, precisions, engines=engine)
+    for target in {variant.target for variant in variants}:
+        reason = missing(target)
         if reason is not None:
             raise TargetError(reason)
-    if gpu and rtx not in targets:
-        raise TargetError("--gpu names the GPUs of a TensorRT-RTX engine: add --target tensorrt-rtx")
     if gpu:
+        if not any(variant.target.name == "tensorrt-rtx" for variant in variants):
+            raise TargetError("--gpu names the GPUs of a TensorRT-RTX engine: add --target tensorrt-rtx")
         tensorrt.check_capabilities(gpu)
-    return variants(targets, precisions)
+    return variants
 
 
 class _Clock:

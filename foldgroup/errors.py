@@ -57,6 +57,10 @@ class ComparisonError(FoldgroupError):
     """Two benchmarks that cannot be compared."""
 
 
+class HardwareError(RunnerError):
+    """A runtime that needs a device, a driver or instructions that this machine has not."""
+
+
 class ImageError(FoldgroupError):
     """An image or a folder of images that cannot be read."""
 

@@ -90,24 +90,40 @@ def parse_precisions(names: Iterable[str]) -> tuple[str, ...]:
     return chosen
 
 
-def variants(targets: Sequence[Target], precisions: Sequence[str]) -> tuple[Variant, ...]:
-    """Every target in every precision that it takes.
+def choose(names: Sequence[str], precisions: Sequence[str], *, engines: bool = True) -> tuple[Variant, ...]:
+    """What a network is to be compiled for: every target named, in every precision that it takes, in that order.
+
+    A name is a target's, or TARGET:PRECISION for that one alone. No precision means fp32. Without names it is ONNX
+    Runtime, and TensorRT-RTX where it is installed, as far as they take the precisions. ``engines`` False leaves out
+    targets that take one.
 
     Raises:
-        TargetError: if one of them takes none of the others; what could be meant is named.
+        TargetError: if a name is unknown, or if a target or a precision is left without a partner.
     """
-    chosen = tuple(Variant(target, p) for target in targets for p in precisions if p in target.precisions)
-    for target in targets:
-        if not any(v.target is target for v in chosen):
-            raise TargetError(
-                f"{target.name} does not run {' or '.join(precisions)}: give it {' or '.join(target.precisions)}"
-            )
-    for precision in precisions:
-        if not any(v.precision == precision for v in chosen):
-            others = [t.name for t in TARGETS.values() if precision in t.precisions]
-            names = ", ".join(target.name for target in targets)
-            raise TargetError(f"{names} cannot run {precision}: add a target that can, such as {', '.join(others)}")
-    return chosen
+    asked = parse_precisions(precisions) if precisions else ()
+    if not names:
+        usual = [TARGETS["onnxruntime"]] + [TARGETS["tensorrt-rtx"]] * (missing(TARGETS["tensorrt-rtx"]) is None)
+        names = [t.name for t in usual if set(t.precisions) & set(asked or ("fp32",))] or ["onnxruntime"]
+    chosen: list[Variant] = []
+    for name in names:
+        target_name, _, own = name.partition(":")
+        target = find_target(target_name)
+        if engines or target.takes == "onnx":
+            chosen += _variants_of(target, parse_precisions([own]) if own else asked or ("fp32",))
+    for precision in asked:
+        if not any(variant.precision == precision for variant in chosen):
+            able = ", ".join(t.name for t in TARGETS.values() if precision in t.precisions)
+            raise TargetError(f"{', '.join(names)} cannot run {precision}: add a target that can, such as {able}")
+    return tuple(dict.fromkeys(chosen))
+
+
+def _variants_of(target: Target, precisions: Sequence[str]) -> list[Variant]:
+    found = [Variant(target, precision) for precision in precisions if precision in target.precisions]
+    if not found:
+        raise TargetError(
+            f"{target.name} does not run {' or '.join(precisions)}: give it {' or '.join(target.precisions)}"
+        )
+    return found
 
 
 def parse_variants(names: Sequence[str], known: Sequence[Variant]) -> tuple[Variant, ...]:
@@ -124,10 +140,10 @@ def parse_variants(names: Sequence[str], known: Sequence[Variant]) -> tuple[Vari
         target_name, _, precision = name.partition(":")
         target = find_target(target_name)
         if precision:
-            chosen += variants([target], parse_precisions([precision]))
+            chosen += _variants_of(target, parse_precisions([precision]))
             continue
         own = [variant for variant in known if variant.target is target]
-        chosen += own or variants([target], [p for p in precisions if p in target.precisions] or precisions)
+        chosen += own or _variants_of(target, precisions)
     return tuple(dict.fromkeys(chosen))
 
 

@@ -14,7 +14,7 @@ from foldgroup.equivalence import (
     rounded_layer_errors,
     runtime_layer_errors,
 )
-from foldgroup.errors import RunnerError
+from foldgroup.errors import HardwareError
 from foldgroup.folding import Folded
 from foldgroup.golden import Golden
 from foldgroup.run.base import Runner
@@ -42,19 +42,17 @@ def run_tier(variant: Variant, runner: Runner, golden: Golden) -> TierResult:
 
 
 def run_tiers(contents: Mapping[Variant, bytes], golden: Golden) -> Tiers:
-    """Run every variant on the bytes of its ONNX file or engine. What needs a GPU and finds none is noted.
+    """Run every variant on the bytes of its ONNX file or engine. What this machine has no hardware for is noted.
 
     Raises:
-        RunnerError: if a runtime of this processor refuses its network.
+        RunnerError: if a runtime is missing or refuses its network.
     """
     tiers = Tiers()
     for variant, content in contents.items():
         try:
             with make_runner(variant, content) as runner:
                 tiers.results[str(variant)] = run_tier(variant, runner, golden)
-        except RunnerError as error:
-            if variant.target.device == "cpu":
-                raise
+        except HardwareError as error:
             tiers.not_run[str(variant)] = str(error)
     return tiers
 

@@ -196,7 +196,7 @@ def _enter(
     for variant in wanted:
         try:
             enter(variant)
-        except RunnerError as error:
+        except RunnerError as error:  # here a missing runtime is no fault of the bundle's either
             if must:
                 raise
             result.checks.append(CheckResult(str(variant), None, str(error)))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from foldgroup.emit.tensorrt import RTX, error_log
-from foldgroup.errors import RunnerError
+from foldgroup.errors import HardwareError, RunnerError
 from foldgroup.run.base import Runner
 
 _GPU = "an NVIDIA GPU with its driver"
@@ -87,15 +87,15 @@ class TensorRtRunner(Runner):
             package = self._module.replace("_", "-")
             raise RunnerError(f"cannot import {self._module} ({error}): run 'pip install {package}'") from error
         if not torch.cuda.is_available():
-            raise RunnerError(f"{self._module} needs {_GPU} to run an engine: PyTorch finds none here")
+            raise HardwareError(f"{self._module} needs {_GPU} to run an engine: PyTorch finds none here")
         log = error_log(trt)
         try:
             runtime = trt.Runtime(log)
         except TypeError as error:  # its factory returned nothing
-            raise RunnerError(f"{self._module} needs {_GPU} to run an engine: {_words(log)}") from error
+            raise HardwareError(f"{self._module} needs {_GPU} to run an engine: {_words(log)}") from error
         engine = runtime.deserialize_cuda_engine(self._plan)
         if engine is None:
-            raise RunnerError(
+            raise HardwareError(
                 f"{self._module} {trt.__version__} cannot load the engine: {_words(log)}. An engine runs under the "
                 f"version that built it, on the GPUs it was built for; this one is {torch.cuda.get_device_name()}"
             )

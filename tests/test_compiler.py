@@ -1,0 +1,257 @@
+"""One compile, many targets and precisions: what is in the bundle, what is refused before any work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from foldgroup.benchmarking import benchmark
+from foldgroup.bundle import Bundle, read_bundle
+from foldgroup.candidates import FOLDED
+from foldgroup.checkpoint import Preprocessing, save_checkpoint
+from foldgroup.compiler import compile
+from foldgroup.emit import tensorrt
+from foldgroup.engines import EngineSettings
+from foldgroup.errors import BundleError, EmitError, EquivalenceError, FoldgroupError, RunnerError, TargetError
+from foldgroup.verifier import verify
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+CPU = ("onnxruntime", "openvino")
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve labelled images of noise, one folder a class."""
+    folder = tmp_path_factory.mktemp("photos")
+    noise = np.random.default_rng(0)
+    for name in tiny.CLASSES:
+        (folder / name).mkdir()
+        for i in range(3):
+            pixels = noise.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Everything that this machine can run, and a GPU's engines where their builder is installed."""
+    targets = [*CPU, "tensorrt-rtx"] if tensorrt.available() else CPU
+    return compile(
+        tiny_checkpoint,
+        tmp_path_factory.mktemp("targets") / "all.foldgroup",
+        target=targets,
+        precision=PRECISIONS,
+        calibrate=photos,
+        gpu=["sm80", "sm86", "sm89", "sm120"] if tensorrt.available() else (),
+    )
+
+
+def test_the_first_precision_is_that_of_the_model_and_the_others_have_names_of_their_own(bundle: Bundle) -> None:
+    assert bundle.manifest["precision"] == "fp32"
+    files = {precision: model["file"] for precision, model in bundle.models.items()}
+    assert files == {"fp32": "model.onnx", **{p: f"model.{p}.onnx" for p in PRECISIONS[1:]}}
+    assert set(files.values()) <= set(bundle.manifest["files"])
+    for file in files.values():
+        proto = onnx.load_from_string(bundle.read(file))
+        assert [i.name for i in proto.graph.input] == ["input"] and [o.name for o in proto.graph.output] == ["logits"]
+
+
+def test_int8_says_what_it_was_calibrated_on_and_what_it_packed(bundle: Bundle) -> None:
+    int8 = bundle.models["int8"]
+    assert int8["calibration"] == {"images": 15, "method": "minmax"}
+    widths = {layer["name"]: layer["in_channels"] // layer["groups"] for layer in bundle.manifest["layers"]}
+    narrow = [name for name, width in widths.items() if width % 4]
+    assert set(int8.get("packed", {})) == set(narrow)
+    assert "packed" not in bundle.models["fp16"]
+
+
+def test_every_variant_that_can_run_here_did_and_the_rest_say_why(bundle: Bundle) -> None:
+    tiers, not_run = bundle.verification["tiers"], bundle.verification["not_run"]
+    expected = {f"onnxruntime {p}" for p in ("fp32", "fp16", "int8")} | {"openvino fp32", "openvino int8"}
+    assert expected <= set(tiers)
+    assert all(tier["passed"] for tier in tiers.values())
+    assert all("GPU" in reason or "cannot compute in" in reason for reason in not_run.values())
+    assert {str(v) for v in bundle.variants} == set(tiers) | set(not_run)
+
+
+def test_the_worst_layers_of_every_other_precision_are_named(bundle: Bundle) -> None:
+    worst = bundle.verification["worst_layers"]
+    assert set(worst) == set(PRECISIONS[1:])
+    for layers in worst.values():
+        errors = [entry["error"] for entry in layers]
+        assert errors == sorted(errors, reverse=True) and len(errors) == 5
+
+
+@pytest.mark.skipif(not tensorrt.available(), reason="tensorrt-rtx has no wheel for this platform")
+def test_an_engine_for_every_precision(bundle: Bundle) -> None:
+    engines = {entry["precision"]: entry for entry in bundle.engines["engines"]}
+    assert set(engines) == set(PRECISIONS)
+    for precision, entry in engines.items():
+        assert entry["target"] == "tensorrt-rtx"
+        assert entry["compute_capabilities"] == ["sm80", "sm86", "sm89", "sm120"]
+        assert entry["onnx_sha256"] == bundle.manifest["files"][bundle.models[precision]["file"]]["sha256"]
+
+
+def test_it_verifies_with_nothing_and_with_the_checkpoint(bundle: Bundle, tiny_checkpoint: Path, photos: Path) -> None:
+    assert verify(bundle.path)
+    verification = verify(bundle.path, tiny_checkpoint, data=photos)
+    assert verification
+    findings = {check.name: check.finding for check in verification.checks}
+    assert "within half a step" in findings["ONNX weights int8"]
+    assert "bit-equal" in findings["ONNX weights bf16"]
+    assert "worst layer" in findings["onnxruntime int8, golden inputs"]
+    assert "top-5" in findings["openvino int8, images"]
+    assert verification.accuracy["onnxruntime int8"].images == 15
+    assert verification.accuracy["onnxruntime fp32"].top5 == 1  # of five classes
+
+
+def test_it_is_benchmarked_on_every_target_in_one_run(bundle: Bundle) -> None:
+    report = benchmark(bundle.path, target=["onnxruntime:fp32", "openvino:int8"], max_seconds=0, streams=2)
+    assert [s.name for s in report.subjects] == [FOLDED, "training form", f"{FOLDED}, openvino int8"]
+    assert {s.latency.rounds for s in report.subjects} == {report.rounds}
+    assert [s.runtime["runtime"] for s in report.subjects] == ["onnxruntime", "onnxruntime", "openvino"]
+    other = report.comparisons[-1]
+    assert (other.subject, other.other) == (f"{FOLDED}, openvino int8", FOLDED)
+    first = report.subjects[0]
+    assert first.images_per_second == pytest.approx(2 * 1000 / first.latency.median_ms)
+
+
+def test_a_target_that_cannot_run_here_is_an_error_only_if_asked_for(bundle: Bundle) -> None:
+    if "tensorrt-rtx fp32" not in bundle.verification["not_run"]:
+        pytest.skip("there is a GPU, or no engine")
+    with pytest.raises(RunnerError, match="GPU"):
+        verify(bundle.path, target=["tensorrt-rtx"])
+    with pytest.raises(RunnerError, match="GPU"):
+        benchmark(bundle.path, target=["tensorrt-rtx:fp32"])
+    report = benchmark(bundle.path, max_seconds=0)
+    assert any("tensorrt-rtx" in note for note in report.notes)
+    assert {c.passed for c in verify(bundle.path).checks if c.name.startswith("tensorrt-rtx")} == {None}
+
+
+def test_an_engine_that_is_not_the_one_built_is_not_loaded(bundle: Bundle, tmp_path: Path) -> None:
+    if not bundle.engines["engines"]:
+        pytest.skip("tensorrt-rtx has no wheel for this platform")
+    copy = tmp_path / "changed.foldgroup"
+    shutil.copytree(bundle.path, copy)
+    with (copy / "model.rtx.plan").open("ab") as file:
+        file.write(b"\0")
+    variant = next(v for v in bundle.variants if str(v) == "tensorrt-rtx fp32")
+    with pytest.raises(EquivalenceError, match=r"model\.rtx\.plan"):
+        read_bundle(copy).content(variant)
+    assert not verify(copy)
+
+
+def test_what_a_bundle_does_not_hold_is_asked_for_with_the_command(tiny_bundle: Path) -> None:
+    with pytest.raises(BundleError, match="no int8 model, only fp32; compile again with --precision fp32,int8"):
+        verify(tiny_bundle, target=["onnxruntime:int8"])
+    with pytest.raises(BundleError, match="no engine for aotinductor fp32; compile again with --target aotinductor"):
+        verify(tiny_bundle, target=["aotinductor"])
+
+
+def test_a_bundle_of_an_older_foldgroup_says_so(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "old.foldgroup"
+    shutil.copytree(tiny_bundle, copy)
+    manifest = json.loads((copy / "manifest.json").read_text(encoding="utf-8"))
+    del manifest["targets"]
+    (copy / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(BundleError, match="older foldgroup; compile again"):
+        verify(copy)
+
+
+def test_int8_first_makes_it_the_model(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    bundle = compile(
+        tiny_checkpoint, tmp_path / "b", precision="int8", calibrate=photos, engine=False, keep_float=["fc", "layer1.*"]
+    )
+    assert bundle.manifest["precision"] == "int8"
+    assert bundle.models["int8"]["file"] == "model.onnx"
+    assert "fc" in bundle.models["int8"]["keep_float"] and "layer1.0.conv2" in bundle.models["int8"]["keep_float"]
+    assert verify(bundle.path, tiny_checkpoint)
+
+
+def test_groups_too_narrow_for_int8_are_packed_and_depthwise_ones_are_not(photos: Path, tmp_path: Path) -> None:
+    network = tiny.tiny_network()
+    with torch.no_grad():
+        network.get_submodule("layer2.0.conv2").gate.copy_(torch.tensor([-1.0, -1, -1, -1]))  # depthwise
+        network.get_submodule("layer2.1.conv2").gate.copy_(torch.tensor([-1.0, 1, -1, -1]))  # eight groups of two
+    checkpoint = tmp_path / "narrow.pt"
+    save_checkpoint(checkpoint, network, "bottleneck-1-2", Preprocessing.standard(tiny.SIZE), tiny.CLASSES, training={})
+    bundle = compile(checkpoint, tmp_path / "b", target=CPU, precision=["int8", "fp32"], calibrate=photos)
+    assert bundle.models["int8"]["packed"] == {"layer2.1.conv2": 4}
+    layers = {layer["name"]: layer for layer in bundle.manifest["layers"]}
+    assert (layers["layer2.0.conv2"]["groups"], layers["layer2.0.conv2"]["executed_groups"]) == (16, 16)
+    assert (layers["layer2.1.conv2"]["groups"], layers["layer2.1.conv2"]["executed_groups"]) == (8, 4)
+    assert "packed" not in bundle.models["fp32"]
+    assert verify(bundle.path, checkpoint)
+
+
+def test_the_few_layers_that_hurt_most_can_be_found_by_measuring(
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    steps: list[str] = []
+    bundle = compile(
+        tiny_checkpoint,
+        tmp_path / "b",
+        precision=["fp32", "int8"],
+        calibrate=photos,
+        engine=False,
+        keep_float=["auto"],
+        on_step=steps.append,
+    )
+    assert len(bundle.models["int8"]["keep_float"]) == 1  # a tenth of thirteen
+    assert sum(step.startswith("error of ") for step in steps) == 13
+
+
+@pytest.mark.parametrize(
+    "options, kind, words",
+    [
+        ({"precision": "int8"}, TargetError, "name a folder of them with --calibrate"),
+        ({"precision": "fp8"}, TargetError, "no precision 'fp8'"),
+        ({"target": ["abacus"]}, TargetError, "no target 'abacus'"),
+        ({"target": ["onnxruntime"], "precision": "bf16"}, TargetError, "onnxruntime does not run bf16"),
+        ({"target": ["onnxruntime"], "gpu": ["sm80"]}, TargetError, "add --target tensorrt-rtx"),
+        ({"keep_float": ["fc"]}, TargetError, "fp32 keeps everything"),
+        ({"keep_float": ["auto"], "precision": "fp16", "engine": False}, TargetError, "add int8"),
+        ({"keep_float": ["nowhere"], "precision": "fp16", "engine": False}, EmitError, "no convolution"),
+        ({"engine_settings": EngineSettings(compatibility="ampere_plus")}, FoldgroupError, "compatibility|--gpu"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_and_nothing_is_written(
+    tiny_checkpoint: Path, tmp_path: Path, options: dict, kind: type[Exception], words: str
+) -> None:
+    if "engine_settings" in options and not tensorrt.available():
+        pytest.skip("tensorrt-rtx has no wheel for this platform")
+    with pytest.raises(kind, match=words):
+        compile(tiny_checkpoint, tmp_path / "b", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_runtime_says_what_to_install_and_the_rest_works(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
+    with pytest.raises(TargetError, match="pip install openvino"):
+        compile(tiny_checkpoint, tmp_path / "a", target=["onnxruntime", "openvino"])
+    assert verify(compile(tiny_checkpoint, tmp_path / "b", engine=False).path)
+
+
+def test_a_fixed_batch_goes_through_every_precision(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    bundle = compile(tiny_checkpoint, tmp_path / "b", target=CPU, precision=["fp32", "int8"], calibrate=photos, batch=4)
+    assert bundle.manifest["input"]["shape"][0] == 4
+    assert verify(bundle.path, tiny_checkpoint, data=photos).accuracy["openvino int8"].images == 12  # whole batches
+
+
+def test_a_range_of_batches_is_that_of_the_engine(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    if not tensorrt.available():
+        pytest.skip("tensorrt-rtx has no wheel for this platform")
+    bundle = compile(tiny_checkpoint, tmp_path / "b", batch=(2, 4, 16))
+    (engine,) = bundle.engines["engines"]
+    assert engine["batch"] == [2, 4, 16]
+    assert bundle.manifest["input"]["shape"][0] == "batch"
