@@ -1,66 +1,39 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from runtimes import Tiny, images, onnx_bytes, package
 from torch import nn
 
+from foldgroup.emit.onnx import export_onnx
+from foldgroup.emit.precision import typed
 from foldgroup.errors import RunnerError
 from foldgroup.nn import DGConv2d
-from foldgroup.run import OnnxRuntimeRunner, Runner, TorchRunner
-
-
-class Tiny(nn.Module):
-    """Convolution, pool, logits: small enough to write as ONNX by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(3, 5, 3, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.conv(x)).mean((2, 3))
-
-
-def onnx_bytes(dtype: type[np.generic] = np.float32, outputs: int = 1) -> bytes:
-    """:class:`Tiny` for 8×8 images, N dynamic, its weight stored as ``dtype`` and cast to float32."""
-    weight = Tiny().conv.weight.detach().numpy().astype(dtype)
-    nodes = [
-        helper.make_node("Cast", ["weight"], ["w"], to=TensorProto.FLOAT),
-        helper.make_node("Conv", ["input", "w"], ["c"]),
-        helper.make_node("Relu", ["c"], ["r"]),
-        helper.make_node("GlobalAveragePool", ["r"], ["p"]),
-        helper.make_node("Flatten", ["p"], ["logits"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["N", 3, 8, 8])],
-        [
-            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 5]),
-            helper.make_tensor_value_info("p", TensorProto.FLOAT, ["N", 5, 1, 1]),
-        ][:outputs],
-        [numpy_helper.from_array(weight, "weight")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.checker.check_model(model)
-    return model.SerializeToString()
-
-
-def images(*shape: int) -> npt.NDArray[np.float32]:
-    return np.random.default_rng(0).standard_normal(shape or (2, 3, 8, 8)).astype(np.float32)
-
+from foldgroup.run import AotInductorRunner, OnnxRuntimeRunner, OpenVinoRunner, Runner, TorchRunner
+from foldgroup.run.ort import CPU, CUDA, DEFAULTS, TENSORRT
+from foldgroup.trace import trace
 
 RUNNERS: list[Any] = [
     pytest.param(lambda: TorchRunner(Tiny(), threads=1), id="torch"),
     pytest.param(lambda: OnnxRuntimeRunner(onnx_bytes(), threads=1), id="onnxruntime"),
+    pytest.param(
+        lambda: OpenVinoRunner(onnx_bytes(), threads=1),
+        id="openvino",
+        marks=pytest.mark.skipif(find_spec("openvino") is None, reason="OpenVINO is not installed"),
+    ),
+    pytest.param(
+        lambda: AotInductorRunner(package().content, threads=1),
+        id="aotinductor",
+        marks=pytest.mark.skipif(which("g++") is None, reason="there is no C++ compiler"),
+    ),
 ]
 
 
@@ -113,9 +86,24 @@ class TestEveryRunner:
         with runner:
             np.testing.assert_array_equal(runner.run(images()), first)
 
+    def test_takes_calls_from_several_threads_at_a_time(self, make: Any) -> None:
+        batches = [images(n, 3, 8, 8) + n for n in (1, 2, 3, 4)] * 8
+        with make() as runner:
+            expected = [runner.run(batch) for batch in batches]
+            with ThreadPoolExecutor(4) as pool:
+                found = list(pool.map(runner.run, batches))
+        for logits, once in zip(found, expected, strict=True):
+            np.testing.assert_allclose(logits, once, atol=1e-6)
+
 
 @pytest.mark.parametrize(
-    "make", [lambda n: TorchRunner(Tiny(), threads=n), lambda n: OnnxRuntimeRunner(b"", threads=n)]
+    "make",
+    [
+        lambda n: TorchRunner(Tiny(), threads=n),
+        lambda n: OnnxRuntimeRunner(b"", threads=n),
+        lambda n: OpenVinoRunner(b"", threads=n),
+        lambda n: AotInductorRunner(b"", threads=n),
+    ],
 )
 def test_no_threads_are_refused(make: Any) -> None:
     with pytest.raises(RunnerError, match="0 threads"):
@@ -211,9 +199,51 @@ class TestOnnxRuntimeRunner:
         ort = pytest.importorskip("onnxruntime")
         if "CUDAExecutionProvider" not in ort.get_available_providers() or torch.cuda.is_available():
             pytest.skip("needs a build with CUDA on a machine without a GPU")
-        with pytest.raises(RunnerError, match="CUDAExecutionProvider needs a GPU"):
-            OnnxRuntimeRunner(onnx_bytes(), providers=("CUDAExecutionProvider", "CPUExecutionProvider")).__enter__()
-        assert capfd.readouterr().out == ""  # standard output belongs to results
+        with pytest.raises(RunnerError, match=r"CUDAExecutionProvider needs an NVIDIA GPU .*pip install"):
+            OnnxRuntimeRunner(onnx_bytes(), providers=(CUDA, CPU)).__enter__()
+        with pytest.raises(RunnerError, match=r"TensorrtExecutionProvider: libnvinfer\S+ is missing.* TensorRT 10"):
+            OnnxRuntimeRunner(onnx_bytes(), providers=(TENSORRT,)).__enter__()
+        assert capfd.readouterr() == ("", "")  # the error says it
+
+    def test_a_gpu_provider_gets_the_defaults_with_the_callers_options_over_them(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ort = pytest.importorskip("onnxruntime")
+        given: list[list[dict[str, str]]] = []
+
+        def session(*args: Any, provider_options: list[dict[str, str]], **kwargs: Any) -> None:
+            given.append(provider_options)
+            raise RuntimeError("stop here")
+
+        monkeypatch.setattr(ort, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
+        monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+        monkeypatch.setattr(ort, "InferenceSession", session)
+        options = {CUDA: {"cudnn_conv_algo_search": "EXHAUSTIVE"}}
+        for model in (onnx_bytes(), onnx_bytes(np.float16)):
+            with pytest.raises(RunnerError):
+                OnnxRuntimeRunner(model, providers=(TENSORRT, CUDA, CPU), provider_options=options).__enter__()
+        (tensorrt, cuda, cpu), (half, *_) = given
+        assert cuda == {**DEFAULTS[CUDA], "cudnn_conv_algo_search": "EXHAUSTIVE"}
+        assert tensorrt == DEFAULTS[TENSORRT] and cpu == {}
+        assert half == {**DEFAULTS[TENSORRT], "trt_fp16_enable": "True"}
+
+    def test_options_for_a_provider_that_was_not_asked_for_are_refused(self) -> None:
+        with pytest.raises(RunnerError, match=f"options for {CUDA}, which is not among {CPU}"):
+            OnnxRuntimeRunner(onnx_bytes(), provider_options={CUDA: {}})
+
+    def test_nodes_that_a_gpu_leaves_to_the_cpu_are_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with OnnxRuntimeRunner(onnx_bytes()) as runner:
+            assert "cpu_nodes" not in runner.describe()
+            monkeypatch.setattr(runner._session, "get_providers", lambda: [CUDA, CPU])
+            nodes = str(runner.describe()["cpu_nodes"])
+        if nodes:  # ONNX Runtime tells since 1.24
+            assert "1 Conv" in nodes
+
+    def test_bfloat16_on_the_cpu_is_one_clear_error(self) -> None:
+        graph = typed(trace(Tiny(), (1, 3, 8, 8)), torch.bfloat16)
+        model = export_onnx(graph, (1, 3, 8, 8))
+        with pytest.raises(RunnerError, match="no bfloat16, which the model holds: run it with OpenVINO, AOTInductor"):
+            OnnxRuntimeRunner(model).__enter__()
 
     @pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
     def test_a_session_on_another_provider_is_refused(self, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +252,9 @@ class TestOnnxRuntimeRunner:
         monkeypatch.setattr(ort, "get_available_providers", lambda: [provider, "CPUExecutionProvider"])
         monkeypatch.setattr(ort, "preload_dlls", lambda: None)
         monkeypatch.setattr(
-            ort, "InferenceSession", lambda *a, providers, **k: session(*a, providers=["CPUExecutionProvider"], **k)
+            ort,
+            "InferenceSession",
+            lambda *a, providers, provider_options, **k: session(*a, providers=["CPUExecutionProvider"], **k),
         )
         with pytest.raises(RunnerError, match=f"on CPUExecutionProvider in place of {provider}"):
             OnnxRuntimeRunner(onnx_bytes(), providers=(provider, "CPUExecutionProvider")).__enter__()
