@@ -100,20 +100,20 @@ class Comparison:
     def conclusion(self) -> str:
         """The comparison as one sentence."""
         ratio = self.ratio
-        other = f"the {self.other}" if self.other in (FOLDED, TRAINING) else self.other
+        other, subject = (f"the {name}" if name in (FOLDED, TRAINING) else name for name in (self.other, self.subject))
         level = f"{ratio.confidence:.0%} interval"
         if self.folded_is == "faster":
             return (
-                f"The {self.subject} is {ratio.value:.2f} times as fast as {other} "
+                f"{subject[0].upper()}{subject[1:]} is {ratio.value:.2f} times as fast as {other} "
                 f"({level} {ratio.low:.2f} to {ratio.high:.2f})."
             )
         if self.folded_is == "slower":
             return (
-                f"No speed-up over {other}: the {self.subject} takes {1 / ratio.value:.2f} times as long "
+                f"No speed-up over {other}: {subject} takes {1 / ratio.value:.2f} times as long "
                 f"({level} {1 / ratio.high:.2f} to {1 / ratio.low:.2f})."
             )
         return (
-            f"No speed-up over {other}: the {self.subject} is {ratio.value:.2f} times as fast, and the "
+            f"No speed-up over {other}: {subject} is {ratio.value:.2f} times as fast, and the "
             f"{level}, {ratio.low:.2f} to {ratio.high:.2f}, contains 1."
         )
 
@@ -268,7 +268,7 @@ def _folded_forms(
     runners: dict[Candidate, Runner] = {}
     notes = []
     for variant in wanted:
-        candidate = folded_form(bundle, variant, f"{FOLDED}, {variant}" if runners else FOLDED)
+        candidate = folded_form(bundle, variant, str(variant) if runners else FOLDED)
         try:
             runners[candidate] = load(candidate)
         except RunnerError as error:

@@ -111,7 +111,7 @@ def compile(
         dump_passes=Path(dump_passes) if dump_passes is not None else None,
         on_step=clock,
     )
-    golden = Golden.of(folded.training, folded.input_shape, fixed, torch.from_numpy(data.images) if data else None)
+    golden = Golden.of(folded.training, folded.input_shape, torch.from_numpy(data.images) if data else None)
     error = check_float64(source, folded, golden.inputs, golden.logits)
     clock("float64")
 

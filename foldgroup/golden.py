@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
 from foldgroup.bundle import GOLDEN, Bundle
@@ -29,14 +28,11 @@ class Golden:
     image_logits: Tensor | None = None
 
     @classmethod
-    def of(cls, training: fx.GraphModule, shape: tuple[int, ...], batch: int | None, images: Tensor | None) -> Golden:
-        """Run the training form in float64 on seeded inputs and on the first few ``images`` [N, C, H, W].
-
-        ``shape`` is that of one input; ``batch`` is the number of each where the network's batch is fixed.
-        """
-        inputs = seeded_inputs((batch or SEEDED, *shape[1:]))
+    def of(cls, training: fx.GraphModule, shape: tuple[int, ...], images: Tensor | None) -> Golden:
+        """Run the training form in float64 on seeded inputs, ``shape`` [·, C, H, W], and on the first few ``images``."""
+        inputs = seeded_inputs((SEEDED, *shape[1:]))
         if images is not None:
-            images = images[torch.arange(batch or min(IMAGES, len(images))) % len(images)]
+            images = images[:IMAGES]
         image_logits = evaluate(training, images)["output"] if images is not None else None
         return cls(inputs, evaluate(training, inputs)["output"], images, image_logits)
 

@@ -70,8 +70,26 @@ def kronecker_mask(factors: Sequence[Factor], bits: Sequence[int]) -> npt.NDArra
     return reduce(np.kron, blocks, np.ones((1, 1), dtype=bool))
 
 
+class GroupWidths:
+    """The widths of a group, for whatever has G groups of C_in and C_out channels."""
+
+    groups: int
+    in_channels: int
+    out_channels: int
+
+    @property
+    def in_width(self) -> int:
+        """Input channels in a group, C_in / G."""
+        return self.in_channels // self.groups
+
+    @property
+    def out_width(self) -> int:
+        """Output channels in a group, C_out / G."""
+        return self.out_channels // self.groups
+
+
 @dataclass(frozen=True)
-class Grouping:
+class Grouping(GroupWidths):
     """Which channels are connected, as orders that make the groups contiguous.
 
     After ``x[:, in_order]`` group γ is the γ-th run of ``in_width`` input channels; its outputs are the γ-th run of
@@ -128,25 +146,15 @@ class Grouping:
             raise GroupingError(f"mask {connected.shape} is not a set of equal, fully connected groups")
         return grouping
 
-    @property
+    @cached_property
     def in_channels(self) -> int:
         """C_in."""
         return len(self.in_order)
 
-    @property
+    @cached_property
     def out_channels(self) -> int:
         """C_out."""
         return len(self.out_order)
-
-    @property
-    def in_width(self) -> int:
-        """Input channels in a group, C_in / G."""
-        return self.in_channels // self.groups
-
-    @property
-    def out_width(self) -> int:
-        """Output channels in a group, C_out / G."""
-        return self.out_channels // self.groups
 
     @cached_property
     def mask(self) -> npt.NDArray[np.bool_]:

@@ -17,6 +17,7 @@ from foldgroup.checkpoint import load_checkpoint
 from foldgroup.dialects import GateOrder, ZeroGates
 from foldgroup.errors import BundleError
 from foldgroup.folding import fold
+from foldgroup.grouping import GroupWidths
 from foldgroup.manifest import manifest_of
 
 UNIFORM = 32
@@ -24,7 +25,7 @@ UNIFORM = 32
 
 
 @dataclass(frozen=True)
-class LayerInspection:
+class LayerInspection(GroupWidths):
     """One learned layer; MACs are for one image. ``macs`` and ``groups`` are nominal, the executed what runs."""
 
     name: str
@@ -35,16 +36,6 @@ class LayerInspection:
     executed_groups: int
     macs: int
     executed_macs: int
-
-    @property
-    def in_width(self) -> int:
-        """Input channels in a group, C_in / G."""
-        return self.in_channels // self.groups
-
-    @property
-    def out_width(self) -> int:
-        """Output channels in a group, C_out / G."""
-        return self.out_channels // self.groups
 
     @property
     def ones(self) -> int:

@@ -110,7 +110,7 @@ def lower(
         facts["calibration"] = {"images": len(calibration.images), "method": calibration.method}
         if AUTO in keep_float:
             layers = [name for name in quantizer.layers if name not in kept]
-            kept += most_sensitive(layers, quantizer.quantize, exact, calibration.images, batch, on_step)
+            kept += most_sensitive(layers, quantizer.quantize, exact, calibration.images, on_step)
         model = quantizer.quantize(kept)
     else:
         kept = () if precision == "fp32" else kept

@@ -17,7 +17,7 @@ from foldgroup.equivalence import (
 from foldgroup.errors import HardwareError
 from foldgroup.folding import Folded
 from foldgroup.golden import Golden
-from foldgroup.run.base import Runner
+from foldgroup.run.base import Runner, run_all
 from foldgroup.targets import Variant, make_runner
 
 
@@ -37,7 +37,7 @@ def run_tier(variant: Variant, runner: Runner, golden: Golden) -> TierResult:
         EquivalenceError: if the outputs are of another shape or not finite.
     """
     inputs, reference = golden.suited_to(variant.precision)
-    outputs = runner.run(inputs.numpy())
+    outputs = run_all(runner, inputs.numpy())
     return TierResult(str(variant), ErrorStatistics.of(outputs, reference.numpy()), LIMITS[variant.precision])
 
 

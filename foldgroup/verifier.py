@@ -36,6 +36,7 @@ from foldgroup.golden import Golden
 from foldgroup.images import labelled_batches
 from foldgroup.lowering import packed_for
 from foldgroup.run import Runner
+from foldgroup.run.base import run_all
 from foldgroup.targets import Variant, find_target, make_runner, parse_variants
 from foldgroup.tiers import precision_layer_errors, run_tier
 from foldgroup.trace import evaluate
@@ -264,7 +265,7 @@ def _check_images(
     for images, numbers in labelled_batches(bundle, data):
         labels.append(numbers.numpy())
         for variant, runner in runners.items():
-            outputs[variant].append(runner.run(images.numpy()))
+            outputs[variant].append(run_all(runner, images.numpy()))
         if folded is not None:
             references.append(evaluate(folded.training, images)["output"])
     classes = np.concatenate(labels)

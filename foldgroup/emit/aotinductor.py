@@ -85,7 +85,7 @@ def build_package(
     example = torch.zeros(max(typical, 2) if dynamic else least, *input_shape[1:], device=device)
     axes = ({0: torch.export.Dim("batch", min=least, max=greatest)},) if dynamic else None
     settings = {**_SETTINGS, "freezing": device == "cpu", "aot_inductor.metadata": metadata}
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         try:
             _check_compiler()
             package = _compile(model, example, axes, settings, Path(folder))
@@ -185,7 +185,7 @@ def _precision(graph: fx.GraphModule) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps PyTorch from warning of GPUs it does not find; what stops it is raised."""
     loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch.utils.cpp_extension", "torch.export")]
     levels = [logger.level for logger in loggers]

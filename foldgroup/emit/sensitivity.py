@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from foldgroup.run.base import run_all
 from foldgroup.run.ort import OnnxRuntimeRunner
 
 SHARE = 0.5
@@ -29,16 +30,14 @@ def most_sensitive(
     round_all_but: Callable[[Collection[str]], bytes],
     exact: bytes,
     images: npt.NDArray[np.float32],
-    batch: int | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> tuple[str, ...]:
     """The layers to keep in float, most sensitive first.
 
     ``round_all_but(kept)`` is the ONNX file in which every layer but those ``kept`` is rounded, ``exact`` the file with
-    none. ``images`` [N, C, H, W]; ``batch`` is the batch of a network that has a fixed one.
+    none. ``images`` [N, C, H, W].
     """
-    size = batch or IMAGES
-    inputs = images[np.arange(size) % len(images)]
+    inputs = images[:IMAGES]
     reference = _outputs(exact, inputs)
 
     def error(kept: Collection[str]) -> float:
@@ -65,4 +64,4 @@ def choose(squares: dict[str, float]) -> tuple[str, ...]:
 
 def _outputs(model: bytes, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     with OnnxRuntimeRunner(model) as runner:
-        return runner.run(inputs).astype(np.float64)
+        return run_all(runner, inputs).astype(np.float64)

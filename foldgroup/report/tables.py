@@ -112,7 +112,7 @@ def benchmark_table(report: BenchmarkReport) -> Group:
     """Times, costs and speed-ups of a benchmark, and a plain sentence for each comparison."""
     c, h, w = report.input_shape
     threads = "default" if report.threads is None else report.threads
-    times = grid(["subject", "precision", "median ms", "p90 ms", "p99 ms", "cv", "images/s"], left=(0, 1))
+    times = grid(["subject", "runs on", "median ms", "p90 ms", "p99 ms", "cv", "images/s"], left=(0, 1))
     costs = grid(["one image", "MACs", "FLOPs", "grouped\nMACs", "share", "parameters", "file"])
     for s in report.subjects:
         latency = s.latency

@@ -7,7 +7,6 @@ vector extension, and at each call the shape of the input.
 
 from __future__ import annotations
 
-import logging
 import platform
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from foldgroup.emit.aotinductor import METADATA, read_metadata
+from foldgroup.emit.aotinductor import METADATA, quiet, read_metadata
 from foldgroup.errors import EmitError, HardwareError, RunnerError
 from foldgroup.run.base import Runner, check_count
 from foldgroup.run.pytorch import torch_threads
@@ -60,6 +59,8 @@ class AotInductorRunner(Runner):
         except Exception as error:
             raise RunnerError(f"torch {torch.__version__} cannot load {self._what()}: {error}") from error
         self._metadata = metadata
+        least, greatest = self._numbers("batch")
+        self.batch_range = (least, greatest)
 
     def _release(self) -> None:
         self._model = None
@@ -92,20 +93,14 @@ class AotInductorRunner(Runner):
 
     def _loaded(self) -> Any:
         """The package's code, loaded; PyTorch keeps what it unpacks in a folder that goes with it."""
-        from torch._inductor import aoti_load_package
+        with quiet(), tempfile.TemporaryDirectory() as folder:
+            from torch._inductor import aoti_load_package
 
-        logger = logging.getLogger("torch._inductor.package")
-        level = logger.level
-        logger.setLevel(logging.ERROR)  # what it warns of is raised
-        try:
-            if isinstance(self._package, Path):
-                return aoti_load_package(str(self._package))
-            with tempfile.TemporaryDirectory() as folder:
+            path = self._package
+            if isinstance(path, bytes):
                 path = Path(folder, "model.pt2")
-                path.write_bytes(self._package)
-                return aoti_load_package(str(path))
-        finally:
-            logger.setLevel(level)
+                path.write_bytes(self._package)  # type: ignore[arg-type]  # the bytes it is
+            return aoti_load_package(str(path))
 
     def _checked_metadata(self) -> dict[str, str]:
         """What the package says of itself, none of which keeps it from running here."""

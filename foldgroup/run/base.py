@@ -34,6 +34,9 @@ class Runner(ABC):
     name: ClassVar[str]
     """The runtime's short name."""
 
+    batch_range: tuple[int, int] | None = None
+    """Least and greatest batch that the network takes; None for any. Known once the runner is open."""
+
     _open = False
 
     def __enter__(self) -> Self:
@@ -112,6 +115,26 @@ def fits(shape: Sequence[int], declared: Sequence[int | str | None]) -> bool:
     if len(shape) != len(declared):
         return False
     return all(not isinstance(want, int) or have == want for have, want in zip(shape, declared, strict=True))
+
+
+def run_all(runner: Runner, inputs: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    """Logits [N, classes] of images [N, C, H, W] for any N: in parts that the network takes, a short one filled up.
+
+    Raises:
+        RunnerError: as :meth:`Runner.run`.
+    """
+    least, greatest = runner.batch_range or (1, len(inputs))
+    results = []
+    for start in range(0, len(inputs), greatest):
+        part = inputs[start : start + greatest]
+        filled = part[np.arange(max(least, len(part))) % len(part)]
+        results.append(runner.run(filled)[: len(part)])
+    return np.concatenate(results)
+
+
+def fixed_batch(declared: Sequence[int | str | None]) -> tuple[int, int] | None:
+    """The batch range of an input declared with a fixed batch; None if its first axis is free."""
+    return (declared[0], declared[0]) if isinstance(declared[0], int) else None
 
 
 def import_runtime(module: str, package: str) -> Any:

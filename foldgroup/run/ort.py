@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from foldgroup.errors import HardwareError, RunnerError
-from foldgroup.run.base import Runner, check_count, fits, import_runtime
+from foldgroup.run.base import Runner, check_count, fits, fixed_batch, import_runtime
 
 _LOG_FATAL = 4
 """ONNX Runtime's severity 4. What it calls an error is raised as an exception, or is about a GPU it did not find."""
@@ -132,6 +132,7 @@ class OnnxRuntimeRunner(Runner):
                 "give a model with one of each"
             )
         self._session = session
+        self.batch_range = fixed_batch(session.get_inputs()[0].shape)
 
     def _session_options(self, ort: Any) -> Any:
         options = ort.SessionOptions()

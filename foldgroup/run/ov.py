@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from foldgroup.errors import HardwareError, RunnerError
-from foldgroup.run.base import Runner, check_count, fits, import_runtime
+from foldgroup.run.base import Runner, check_count, fits, fixed_batch, import_runtime
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 
@@ -99,6 +99,7 @@ class OpenVinoRunner(Runner):
                 f"not in {self._precision}: give it a file compiled for {self._precision}"
             )
         self._compiled, self._layers = compiled, layers
+        self.batch_range = fixed_batch(_shape(compiled.inputs[0]))
         self._provider = f"{self._device}: {core.get_property(self._device, 'FULL_DEVICE_NAME')}"
 
     def _release(self) -> None:

@@ -100,6 +100,7 @@ class TensorRtRunner(Runner):
                 f"version that built it, on the GPUs it was built for; this one is {torch.cuda.get_device_name()}"
             )
         self._session = _Session(trt, log, runtime, engine, rtx=self._module == RTX, cuda_graph=self._cuda_graph)
+        self.batch_range = self._session.batch_range()
 
     def _release(self) -> None:
         self._session = None
@@ -275,6 +276,11 @@ class _Session:
         if kind not in types:
             raise RunnerError(f"the engine's {name} is of type {kind.name}: give one whose input and output are floats")
         return types[kind]
+
+    def batch_range(self) -> tuple[int, int]:
+        """Least and greatest batch of the engine's profile."""
+        least, _, greatest = self.engine.get_tensor_profile_shape(self.input, 0)
+        return int(least[0]), int(greatest[0])
 
     def _accepted(self) -> str:
         """The input shape as the engine declares it, a free axis as its least and greatest size."""

@@ -10,22 +10,23 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from PIL import Image
+from torch import nn
 
 from foldgroup.checkpoint import Preprocessing
 from foldgroup.emit.onnx import export_onnx
 from foldgroup.emit.precision import typed
 from foldgroup.emit.preprocess import IMAGE, PREFIX, with_preprocessing
-from foldgroup.emit.quantize import quantize
+from foldgroup.emit.quantize import Quantizer
 from foldgroup.errors import EmitError
 from foldgroup.trace import trace
 
 IMAGES = sorted((Path(__file__).parents[2] / "examples" / "images").rglob("*.jpg"))
+SIZE = 16
 Array = np.ndarray[Any, Any]
 
 
@@ -74,7 +75,7 @@ def test_on_images_of_many_shapes_hardly_a_value_differs(width: int, height: int
     seen = ort(with_preprocessing(identity(size), preprocessing))(np.asarray(image)[None])[0]
     off = levels_off(seen, image, preprocessing)
     assert off.max() < 1.01
-    assert (off > 0.01).mean() < 0.005
+    assert (off > 0.01).mean() < 0.01
 
 
 @settings(max_examples=60, deadline=None)
@@ -124,22 +125,25 @@ def test_tensorrt_rtx_builds_it() -> None:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, bytes]:
-    """The tiny network in every precision."""
-    shape = (1, 3, tiny.SIZE, tiny.SIZE)
-    graph = trace(tiny.tiny_network(), shape)
-    calibration = np.random.default_rng(0).normal(size=(8, *shape[1:])).astype(np.float32)
+    """A small network in every precision."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    shape = (2, 3, SIZE, SIZE)
+    graph = trace(nn.Sequential(*layers, nn.Linear(32, 5)).eval(), shape)
+    plain = export_onnx(graph, shape)
     return {
-        "fp32": export_onnx(graph, shape),
-        "fixed": export_onnx(graph, (2, *shape[1:]), fixed_batch=True),
+        "fp32": plain,
+        "fixed": export_onnx(graph, shape, fixed_batch=True),
         "fp16": export_onnx(typed(graph, torch.float16), shape),
-        "int8": quantize(export_onnx(graph, shape), calibration),
+        "bf16": export_onnx(typed(graph, torch.bfloat16), shape),
+        "int8": Quantizer(plain, np.random.default_rng(0).normal(size=(8, *shape[1:])).astype(np.float32)).quantize(),
     }
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fixed", "fp16", "int8"])
 def test_logits_are_those_of_transformed_images(models: dict[str, bytes], precision: str) -> None:
     model = models[precision]
-    preprocessing = Preprocessing(20, tiny.SIZE, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    preprocessing = Preprocessing(20, SIZE, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     images = [photograph(64, 48, number) for number in range(2)]
     inputs = torch.stack([preprocessing.transform()(image) for image in images]).numpy()
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
@@ -151,14 +155,14 @@ def test_logits_are_those_of_transformed_images(models: dict[str, bytes], precis
     np.testing.assert_allclose(logits, expected, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize(("precision", "batch"), [("fp32", "batch"), ("fixed", 2)])
-def test_interface_and_network_are_kept(models: dict[str, bytes], precision: str, batch: int | str) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "fixed", "fp16", "bf16", "int8"])
+def test_interface_and_network_are_kept(models: dict[str, bytes], precision: str) -> None:
     before = onnx.load_from_string(models[precision])
-    after = onnx.load_from_string(with_preprocessing(models[precision], Preprocessing(20, tiny.SIZE)))
+    after = onnx.load_from_string(with_preprocessing(models[precision], Preprocessing(20, SIZE)))
     (port,) = after.graph.input
     assert (port.name, port.type.tensor_type.elem_type) == (IMAGE, TensorProto.UINT8)
     shape = [dim.dim_value or dim.dim_param for dim in port.type.tensor_type.shape.dim]
-    assert shape == [batch, "height", "width", 3]
+    assert shape == [2 if precision == "fixed" else "batch", "height", "width", 3]
     assert after.graph.output == before.graph.output
     assert after.opset_import == before.opset_import
     added = [node for node in after.graph.node if node.name.startswith(PREFIX)]
@@ -169,7 +173,7 @@ def test_interface_and_network_are_kept(models: dict[str, bytes], precision: str
 
 
 def test_bytes_are_the_same_every_time(models: dict[str, bytes]) -> None:
-    preprocessing = Preprocessing.standard(tiny.SIZE)
+    preprocessing = Preprocessing.standard(SIZE)
     assert with_preprocessing(models["fp32"], preprocessing) == with_preprocessing(models["fp32"], preprocessing)
 
 

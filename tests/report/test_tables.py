@@ -127,7 +127,7 @@ class TestBenchmark:
         text = shown(benchmark_table(report))
         times, rest = text.split("one image", 1)
         costs, ratios = rest.split("speed-up of", 1)
-        assert row(times, FOLDED) == "folded form fp32 47.30 52.03 56.76 2.1% 21.1"
+        assert row(times, FOLDED) == "folded form onnxruntime fp32 47.30 52.03 56.76 2.1% 21.1"
         assert row(costs, FOLDED) == "folded form 4.20 G 8.40 G 700 M 16.7% 25.0 M 100 MB"
         assert "folded form training form 2.389 2.350 to 2.430 (95%) faster" in squeezed(ratios)
         assert "The folded form is 2.39 times as fast as the training form" in squeezed(text)
