@@ -29,7 +29,7 @@ class Golden:
 
     @classmethod
     def of(cls, training: fx.GraphModule, shape: tuple[int, ...], images: Tensor | None) -> Golden:
-        """Run the training form in float64 on seeded inputs, ``shape`` [·, C, H, W], and on the first few ``images``."""
+        """Run the training form in float64 on seeded inputs of ``shape`` [·, C, H, W] and on the first ``images``."""
         inputs = seeded_inputs((SEEDED, *shape[1:]))
         if images is not None:
             images = images[:IMAGES]

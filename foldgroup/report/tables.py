@@ -118,9 +118,8 @@ def benchmark_table(report: BenchmarkReport) -> Group:
         latency = s.latency
         quantiles = (latency.median_ms, latency.p90_ms, latency.p99_ms)
         milliseconds = (f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}" for ms in quantiles)
-        times.add_row(
-            s.name, str(s.runtime["precision"]), *milliseconds, f"{latency.cv:.1%}", f"{s.images_per_second:.1f}"
-        )
+        runs_on = "{runtime} {precision}".format(**s.runtime)
+        times.add_row(s.name, runs_on, *milliseconds, f"{latency.cv:.1%}", f"{s.images_per_second:.1f}")
         grouped = (count(s.grouped_macs), f"{s.grouped_share:.1%}")
         costs.add_row(s.name, count(s.macs), count(s.flops), *grouped, count(s.params), size(s.file_bytes))
     ratios = grid(["speed-up of", "over", "ratio", "interval", "it is"], left=(0, 1, 4))
