@@ -38,6 +38,7 @@ from foldgroup.targets import Variant, find_target
 
 SCHEMA = 1
 MANIFEST, PASSES, PREPROCESSING = "manifest.json", "passes.json", "preprocessing.json"
+IMAGE_MODEL = "model.image.onnx"
 ENGINES, GOLDEN, VERIFICATION = "engines.json", "golden.safetensors", "verification.json"
 
 

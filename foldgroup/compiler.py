@@ -15,11 +15,13 @@ from foldgroup.bundle import Bundle, check_target, file_entry, to_json, write_bu
 from foldgroup.checkpoint import Checkpoint, Preprocessing, load_checkpoint
 from foldgroup.emit import tensorrt
 from foldgroup.emit.engine import Engine
+from foldgroup.emit.preprocess import with_preprocessing
 from foldgroup.emit.quantize import Calibration
 from foldgroup.engines import EngineSettings, build, entry
 from foldgroup.errors import EquivalenceError, TargetError
 from foldgroup.folding import check_float64, fold
 from foldgroup.golden import Golden
+from foldgroup.handover import served_name, triton
 from foldgroup.images import unlabelled
 from foldgroup.lowering import AUTO, CalibrationData, lower, packed_for
 from foldgroup.manifest import manifest_of
@@ -94,6 +96,9 @@ def compile(
         timing_cache=engine_settings.timing_cache or output.with_name(output.name + ".timing"),
     )
     _check_keep_float(keep_float, precisions)
+    for kind in emit:
+        if kind != "triton":
+            raise TargetError(f"cannot emit {kind!r}: only triton")
     clock = _Clock(on_step)
     checkpoint = load_checkpoint(source, arch=arch, gate_order=gate_order, zero_gates=zero_gates)
     clock("read checkpoint")
@@ -140,7 +145,11 @@ def compile(
     }
     manifest["models"] = {name: {"file": _file(name, first, ".onnx"), **low.facts} for name, low in lowered.items()}
     manifest["targets"] = [{"target": v.target.name, "precision": v.precision} for v in chosen]
+    if bake_preprocessing:
+        content[files.IMAGE_MODEL] = with_preprocessing(lowered[first].model, preprocessing)
+        clock("preprocessing")
     shape = (fixed or 1, *folded.input_shape[1:])
+    classes = checkpoint.classes
     del checkpoint, folded  # the dense kernels: most of the memory, and no longer needed
 
     built: dict[Variant, Engine] = {}
@@ -156,6 +165,17 @@ def compile(
         if not tier:
             raise EquivalenceError(f"{source}: under {tier.name}, {'; '.join(tier.violations)}")
 
+    served: dict[str, bytes] = {}
+    not_served: dict[str, str] = {}
+    if "triton" in emit:
+        onnx = {v: lowered[v.precision].model for v in chosen}
+        if bake_preprocessing:
+            onnx |= {v: with_preprocessing(m, preprocessing) for v, m in onnx.items() if v not in built}
+        plans = {v: made.content for v, made in built.items()}
+        name = served_name(output.name)
+        served, not_served = triton(name, onnx, plans, classes=classes, batch=settings.batch)
+        clock("Triton repository")
+
     golden_file = golden.save()
     manifest["files"] = {name: file_entry(data) for name, data in content.items()}
     verification = {
@@ -167,15 +187,22 @@ def compile(
         "golden": {"file": files.GOLDEN, **file_entry(golden_file)},
         "seconds": clock.seconds,
     }
-    plans = {v: _file(v.precision, first, v.target.suffix) for v in built}
-    entries = [entry(plans[v], v, made, lowered[v.precision].model) for v, made in built.items()]
+    plan_files = {v: _file(v.precision, first, v.target.suffix) for v in built}
+    entries = [entry(plan_files[v], v, made, lowered[v.precision].model) for v, made in built.items()]
     note = {} if built else {"note": "no target asked for takes one" if engine else "left out by --no-engine"}
     documents = {
         files.MANIFEST: manifest,
-        files.ENGINES: {"schema": files.SCHEMA, "engines": entries, **note},
+        files.ENGINES: {
+            "schema": files.SCHEMA,
+            "engines": entries,
+            "files": {name: file_entry(data) for name, data in served.items()},
+            "not_served": not_served,
+            **note,
+        },
         files.VERIFICATION: verification,
     }
-    written = {**content, **{plans[v]: made.content for v, made in built.items()}, files.GOLDEN: golden_file}
+    written = {**content, **{plan_files[v]: made.content for v, made in built.items()}, **served}
+    written[files.GOLDEN] = golden_file
     result = write_bundle(output, written | {name: to_json(doc) for name, doc in documents.items()}, force=force)
     clock("bundle")
     return result

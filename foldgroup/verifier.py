@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from foldgroup.bundle import Bundle, read_bundle
+from foldgroup.baked import baked_tier
+from foldgroup.bundle import IMAGE_MODEL, Bundle, read_bundle
 from foldgroup.checkpoint import load_checkpoint
 from foldgroup.emit.onnx import stored_weights_match
 from foldgroup.equivalence import (
@@ -33,7 +34,7 @@ from foldgroup.equivalence import (
 from foldgroup.errors import EquivalenceError, RunnerError
 from foldgroup.folding import Folded, fold
 from foldgroup.golden import Golden
-from foldgroup.images import labelled_batches
+from foldgroup.images import labelled_batches, sample
 from foldgroup.lowering import packed_for
 from foldgroup.run import Runner
 from foldgroup.run.base import run_all
@@ -42,6 +43,9 @@ from foldgroup.tiers import precision_layer_errors, run_tier
 from foldgroup.trace import evaluate
 
 Array = npt.NDArray[Any]
+
+BAKED_IMAGES = 100
+"""Images on which preprocessing in the graph is compared with torchvision's."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,9 @@ def verify(
         if data is not None:
             _check_images(opened, runners, Path(data), folded, golden, result)
             on_step("images")
+            if IMAGE_MODEL in opened.manifest["files"]:
+                _check_baked(opened, Path(data), result)
+                on_step("preprocessing")
     return result
 
 
@@ -280,6 +287,21 @@ def _check_images(
             statistics = ErrorStatistics.of(logits, reference)
             tier = TierResult(str(variant), statistics, LIMITS[variant.precision])
             _add(result, "images", tier, _Layers(bundle, variant, folded, golden))
+
+
+def _check_baked(bundle: Bundle, data: Path, result: Verification) -> None:
+    """The preprocessing that is part of a graph, on the first of the images."""
+    name = "preprocessing in the graph"
+    images = sample(data, BAKED_IMAGES)
+    try:
+        with _recorded(result, name):
+            tier = baked_tier(bundle, images)
+            result.tiers[name] = tier
+            seen = tier.statistics
+            finding = f"max error {seen.max_error:.1e}, top-1 agreement {seen.top1_agreement:.2%} of {seen.images}"
+            result.checks.append(CheckResult(name, bool(tier), "; ".join(tier.violations) or finding))
+    except RunnerError as error:
+        result.checks.append(CheckResult(name, None, str(error)))
 
 
 def _accuracy(logits: Array, classes: Array) -> Accuracy:

@@ -197,7 +197,8 @@ def compile_summary(bundle: Bundle) -> Group:
         *(("Note", note) for note in bundle.passes["notes"]),
     ]
     macs, params = manifest["macs"], manifest["params"]
-    written = sorted((file.name, file.stat().st_size) for file in bundle.path.iterdir())
+    found = (file for file in bundle.path.rglob("*") if file.is_file())
+    written = sorted((file.relative_to(bundle.path).as_posix(), file.stat().st_size) for file in found)
     table = grid(["file", "size"])
     for name, length in written:
         table.add_row(Text(name), size(length))
@@ -250,6 +251,8 @@ def _engines(bundle: Bundle) -> Iterator[tuple[str, str]]:
             yield "  fell back", step
     if not engines:
         yield "Engine", f"none: {bundle.engines.get('note', 'not built')}"
+    for name, reason in sorted(bundle.engines.get("not_served", {}).items()):
+        yield "Not in triton/", f"{name}: {reason}"
 
 
 def verification_table(verification: Verification) -> Group:

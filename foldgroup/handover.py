@@ -1,0 +1,50 @@
+"""What a bundle holds for a server beside the networks themselves: a Triton model repository of its variants."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from foldgroup.emit.triton import triton_repository
+from foldgroup.errors import EmitError
+from foldgroup.targets import Variant
+
+TRITON = "triton"
+"""Folder of the repository in the bundle."""
+
+
+def served_name(bundle: str) -> str:
+    """A name for clients' URLs, from a bundle's: what else is in it becomes an underscore."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", bundle.removesuffix(".foldgroup")).lstrip("._-")
+    return name or "model"
+
+
+def triton(
+    name: str,
+    models: Mapping[Variant, bytes],
+    engines: Mapping[Variant, bytes],
+    *,
+    classes: Sequence[str],
+    batch: tuple[int, int, int],
+) -> tuple[dict[str, bytes], dict[str, str]]:
+    """A repository with a model for every variant that Triton can serve, and why the others are not in it.
+
+    ``models`` are the ONNX files, ``engines`` what was built of them. One model is called ``name``; of several, each
+    bears its target and precision too. The files are named by their path in the bundle.
+
+    Raises:
+        EmitError: if Triton can serve none of them.
+    """
+    left_out: dict[str, str] = {}
+    served: dict[Variant, dict[str, bytes]] = {}
+    for variant, model in models.items():
+        own = f"{name}_{variant.target.name}_{variant.precision}" if len(models) > 1 else name
+        try:
+            repository = triton_repository(own, variant, model, engines.get(variant), classes=classes, batch=batch)
+        except EmitError as error:
+            left_out[str(variant)] = str(error)
+        else:
+            served[variant] = repository
+    if not served:
+        raise EmitError(f"Triton can serve none of these: {'; '.join(left_out.values())}")
+    return {f"{TRITON}/{path}": content for files in served.values() for path, content in files.items()}, left_out
