@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 from tiny import CLASSES
 
 from foldgroup.cli import main
@@ -25,7 +27,7 @@ def run(*arguments: object) -> Result:
 
 def test_help_lists_every_verb() -> None:
     text = run("--help").output
-    for verb in ("inspect", "compile", "verify", "bench", "explain", "bisect", "train"):
+    for verb in ("inspect", "compile", "verify", "bench", "run", "explain", "bisect", "train"):
         assert verb in text
         assert run(verb, "--help").exit_code == 0
 
@@ -213,6 +215,25 @@ def test_a_pass_that_does_not_say_where_it_goes_is_bad_input(tiny_checkpoint: Pa
         ("compile", "{checkpoint}", "--arch", "nonsense"),
         ("compile", "{checkpoint}", "-o", "{missing}/deeper"),
         ("compile", "{checkpoint}", "--gpu", "sm80", "--no-engine"),
+        ("compile", "{checkpoint}", "--target", "abacus"),
+        ("compile", "{checkpoint}", "--target", "onnxruntime", "--gpu", "sm80"),
+        ("compile", "{checkpoint}", "--precision", "fp8"),
+        ("compile", "{checkpoint}", "--precision", "int8", "--no-engine"),
+        ("compile", "{checkpoint}", "--precision", "int8", "--calibrate", "{folder}"),
+        ("compile", "{checkpoint}", "--target", "openvino:bf16,onnxruntime:bf16"),
+        ("compile", "{checkpoint}", "--keep-float", "fc"),
+        ("compile", "{checkpoint}", "--batch", "8:1:32"),
+        ("compile", "{checkpoint}", "--batch", "many"),
+        ("compile", "{checkpoint}", "--target", "tensorrt-rtx", "--emit", "triton"),
+        ("compile", "{checkpoint}", "--target", "tensorrt-rtx", "--compatibility", "ampere_plus"),
+        ("run", "{folder}", "{text}"),
+        ("run", "{bundle}", "{text}"),
+        ("run", "{bundle}", "{missing}"),
+        ("verify", "{bundle}", "--target", "openvino:int8"),
+        ("verify", "{bundle}", "--target", "onnxruntime-cuda"),
+        ("bench", "{bundle}", "--target", "tensorrt-rtx"),
+        ("bench", "{bundle}", "--baseline", "{text}"),
+        ("bench", "{bundle}", "--seconds", "1", "--baseline", "{missing}"),
         ("inspect", "{missing}"),
         ("inspect", "{text}"),
         ("inspect", "{folder}"),
@@ -228,13 +249,20 @@ def test_a_pass_that_does_not_say_where_it_goes_is_bad_input(tiny_checkpoint: Pa
     ids=" ".join,
 )
 def test_bad_input_is_one_message_with_status_2_and_nothing_written(
-    arguments: tuple[str, ...], tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...],
+    tiny_checkpoint: Path,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if "onnxruntime-cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
     monkeypatch.chdir(tmp_path)
     folder, text = tmp_path / "folder", tmp_path / "text.pt"
     folder.mkdir()
     text.write_text("no checkpoint")
-    places = {"missing": tmp_path / "missing", "text": text, "folder": folder, "checkpoint": tiny_checkpoint}
+    places = {"missing": tmp_path / "missing", "text": text, "folder": folder}
+    places |= {"checkpoint": tiny_checkpoint, "bundle": tiny_bundle}
     result = run(*(argument.format(**places) for argument in arguments))
     assert result.exit_code == 2, result.output
     assert "Error: " in result.stderr and "Traceback" not in result.stderr
@@ -248,3 +276,43 @@ def test_explain_and_inspect_and_bench_show_something(tiny_checkpoint: Path, tin
     assert "layer1.0.conv2" in run("inspect", tiny_bundle).output
     result = run("bench", tiny_bundle, "--seconds", 1, "--json", tmp_path / "bench.json")
     assert result.exit_code == 0 and json.loads((tmp_path / "bench.json").read_text())
+
+
+def test_targets_precisions_and_the_hand_over(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos" / "ant"
+    photos.mkdir(parents=True)
+    for i in range(3):
+        Image.effect_noise((24, 18), 60 + 20 * i).convert("RGB").save(photos / f"{i}.png")
+    bundle = tmp_path / "b.foldgroup"
+    options = ["--target", "onnxruntime", "--target", "openvino:bf16, openvino:int8", "--precision", "fp32"]
+    options += ["--calibrate", photos.parent, "--batch", "1:2:4", "--emit", "triton", "--bake-preprocessing"]
+    result = run("compile", tiny_checkpoint, "-o", bundle, *options)
+    assert result.exit_code == 0, result.output
+    for name in ("model.onnx", "model.bf16.onnx", "model.int8.onnx", "model.image.onnx"):
+        assert (bundle / name).is_file() and name in result.output
+    for name in ("onnxruntime_fp32", "openvino_int8"):
+        assert (bundle / "triton" / f"b_{name}" / "config.pbtxt").is_file()
+    assert "preprocessing in the graph" in run("verify", bundle, "--data", photos.parent).output
+    shown = run("run", bundle, photos / "0.png", photos / "1.png", "--top", 2).output
+    assert shown.count("%") == 4 and "1.png" in shown
+    document = json.loads(run("run", bundle, photos / "0.png", "--target", "openvino:int8", "--json").stdout)
+    assert len(document[0]["classes"]) == 5 and sum(c["probability"] for c in document[0]["classes"]) == pytest.approx(
+        1
+    )
+
+    report = tmp_path / "bench.json"
+    command = ("bench", bundle, "--target", "onnxruntime:fp32,openvino:int8", "--seconds", 1)
+    assert run(*command, "--json", report).exit_code == 0
+    again = run(*command, "--baseline", report)
+    assert again.exit_code == 0 and "times as fast" in again.output
+    other = run(*command, "--baseline", report, "--batch", 2)
+    assert other.exit_code == 2 and "batch 1 then, 2 now" in other.stderr
+
+
+def test_a_changed_file_of_the_repository_is_found(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "b.foldgroup"
+    assert run("compile", tiny_checkpoint, "-o", bundle, "--no-engine", "--emit", "triton").exit_code == 0
+    with (bundle / "triton" / "b" / "config.pbtxt").open("a") as file:
+        file.write("# changed\n")
+    result = run("verify", bundle)
+    assert result.exit_code == 1 and "config.pbtxt" in result.output
