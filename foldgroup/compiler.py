@@ -21,9 +21,9 @@ from foldgroup.engines import EngineSettings, build, entry
 from foldgroup.errors import EquivalenceError, TargetError
 from foldgroup.folding import check_float64, fold
 from foldgroup.golden import Golden
-from foldgroup.handover import served_name, triton
+from foldgroup.handover import TRITON, Repository, served_name, triton
 from foldgroup.images import unlabelled
-from foldgroup.lowering import AUTO, CalibrationData, lower, packed_for
+from foldgroup.lowering import AUTO, CalibrationData, Lowered, lower, packed_for
 from foldgroup.manifest import manifest_of
 from foldgroup.measure import machine
 from foldgroup.pipeline import PassRecord, Pipeline
@@ -88,6 +88,7 @@ def compile(
     asked = [precision] if isinstance(precision, str) else precision
     chosen = _chosen(target, asked, engine=engine, gpu=gpu)
     precisions = tuple(dict.fromkeys((*asked, *(variant.precision for variant in chosen))))
+    _check_options(precisions, keep_float, emit, calibrated=calibrate is not None)
     fixed = batch if isinstance(batch, int) else None
     settings = replace(
         engine_settings,
@@ -95,18 +96,13 @@ def compile(
         batch=batch if isinstance(batch, tuple) else engine_settings.batch,
         timing_cache=engine_settings.timing_cache or output.with_name(output.name + ".timing"),
     )
-    _check_keep_float(keep_float, precisions)
-    for kind in emit:
-        if kind != "triton":
-            raise TargetError(f"cannot emit {kind!r}: only triton")
     clock = _Clock(on_step)
     checkpoint = load_checkpoint(source, arch=arch, gate_order=gate_order, zero_gates=zero_gates)
     clock("read checkpoint")
     preprocessing = _preprocessing(checkpoint, input_size or checkpoint.preprocessing.size)
     data = None
     if calibrate is not None:
-        images = unlabelled(Path(calibrate), preprocessing, limit=calibration_images)
-        data = CalibrationData(images, calibration)
+        data = CalibrationData(unlabelled(Path(calibrate), preprocessing, limit=calibration_images), calibration)
         clock("read calibration images")
     folded = fold(
         checkpoint,
@@ -120,97 +116,91 @@ def compile(
     error = check_float64(source, folded, golden.inputs, golden.logits)
     clock("float64")
 
-    first = precisions[0]
-    manifest = manifest_of(checkpoint, packed_for(first, folded), fixed, first)
-    lowered, layer_errors = {}, {}
+    lowered: dict[str, Lowered] = {}
+    worst: dict[str, Any] = {}
     for name in precisions:
         low = lower(folded, name, batch=fixed, keep_float=keep_float, calibration=data, on_step=clock)
         if name != "fp32":
-            layer_errors[name] = _worst(precision_layer_errors(name, folded, low.model, low.keep_float, golden))
+            worst[name] = _worst(precision_layer_errors(name, folded, low.model, low.keep_float, golden))
             clock(f"layer errors in {name}")
         lowered[name] = low
-    options: dict[str, Any] = {
-        "arch": arch,
-        "gate_order": gate_order,
-        "zero_gates": zero_gates,
-        "input_size": folded.input_shape[2],
-    }
-    options |= {"batch": batch, "precision": precisions, "keep_float": keep_float}
+    options: dict[str, Any] = {"arch": arch, "gate_order": gate_order, "zero_gates": zero_gates, "batch": batch}
+    options |= {"input_size": folded.input_shape[2], "precision": precisions, "keep_float": keep_float}
+    records = [_record(record) for record in folded.result.records]
     content = {
-        files.PASSES: to_json(
-            {"options": options, "notes": checkpoint.notes, "passes": [_record(r) for r in folded.result.records]}
-        ),
+        files.PASSES: to_json({"options": options, "notes": checkpoint.notes, "passes": records}),
         files.PREPROCESSING: to_json({**asdict(preprocessing), "classes": list(checkpoint.classes)}),
-        **{_file(name, first, ".onnx"): low.model for name, low in lowered.items()},
+        **{_file(name, precisions, ".onnx"): low.model for name, low in lowered.items()},
     }
-    manifest["models"] = {name: {"file": _file(name, first, ".onnx"), **low.facts} for name, low in lowered.items()}
-    manifest["targets"] = [{"target": v.target.name, "precision": v.precision} for v in chosen]
     if bake_preprocessing:
-        content[files.IMAGE_MODEL] = with_preprocessing(lowered[first].model, preprocessing)
+        content[files.IMAGE_MODEL] = with_preprocessing(lowered[precisions[0]].model, preprocessing)
         clock("preprocessing")
-    shape = (fixed or 1, *folded.input_shape[1:])
-    classes = checkpoint.classes
+    manifest = {
+        **manifest_of(checkpoint, packed_for(precisions[0], folded), fixed, precisions[0]),
+        "models": {name: {"file": _file(name, precisions, ".onnx"), **low.facts} for name, low in lowered.items()},
+        "targets": [{"target": variant.target.name, "precision": variant.precision} for variant in chosen],
+        "files": {name: file_entry(data) for name, data in content.items()},
+    }
+    classes, shape = checkpoint.classes, (fixed or 1, *folded.input_shape[1:])
     del checkpoint, folded  # the dense kernels: most of the memory, and no longer needed
 
+    models = {variant: lowered[variant.precision].model for variant in chosen}
     built: dict[Variant, Engine] = {}
     for variant in chosen:
         if variant.target.takes == "engine":
             low = lowered[variant.precision]
             built[variant] = build(variant, low, shape, settings, fixed_batch=fixed is not None, on_step=on_step)
             clock(f"{variant} engine")
-    models = {v: built[v].content if v in built else lowered[v.precision].model for v in chosen}
-    tiers = run_tiers(models, golden)
+    engines = {variant: made.content for variant, made in built.items()}
+    tiers = run_tiers(models | engines, golden)
     clock("runtimes")
     for tier in tiers.results.values():
         if not tier:
             raise EquivalenceError(f"{source}: under {tier.name}, {'; '.join(tier.violations)}")
-
-    served: dict[str, bytes] = {}
-    not_served: dict[str, str] = {}
-    if "triton" in emit:
-        onnx = {v: lowered[v.precision].model for v in chosen}
+    repository = Repository()
+    if TRITON in emit:
         if bake_preprocessing:
-            onnx |= {v: with_preprocessing(m, preprocessing) for v, m in onnx.items() if v not in built}
-        plans = {v: made.content for v, made in built.items()}
-        name = served_name(output.name)
-        served, not_served = triton(name, onnx, plans, classes=classes, batch=settings.batch)
+            baked = {v: with_preprocessing(model, preprocessing) for v, model in models.items() if v not in engines}
+            models |= baked
+        repository = triton(served_name(output.name), models, engines, classes=classes, batch=settings.batch)
         clock("Triton repository")
 
+    names = {variant: _file(variant.precision, precisions, variant.target.suffix) for variant in built}
     golden_file = golden.save()
-    manifest["files"] = {name: file_entry(data) for name, data in content.items()}
-    verification = {
-        "float64_max_error": error,
-        "tiers": {name: tier.as_dict() for name, tier in tiers.results.items()},
-        "not_run": tiers.not_run,
-        "worst_layers": layer_errors,
-        "machine": machine(),
-        "golden": {"file": files.GOLDEN, **file_entry(golden_file)},
-        "seconds": clock.seconds,
-    }
-    plan_files = {v: _file(v.precision, first, v.target.suffix) for v in built}
-    entries = [entry(plan_files[v], v, made, lowered[v.precision].model) for v, made in built.items()]
-    note = {} if built else {"note": "no target asked for takes one" if engine else "left out by --no-engine"}
     documents = {
         files.MANIFEST: manifest,
         files.ENGINES: {
             "schema": files.SCHEMA,
-            "engines": entries,
-            "files": {name: file_entry(data) for name, data in served.items()},
-            "not_served": not_served,
-            **note,
+            "engines": [entry(names[v], v, made, lowered[v.precision].model) for v, made in built.items()],
+            "files": {name: file_entry(data) for name, data in repository.files.items()},
+            "not_served": repository.left_out,
+            **({} if built else {"note": "no target asked for takes one" if engine else "left out by --no-engine"}),
         },
-        files.VERIFICATION: verification,
+        files.VERIFICATION: {
+            "float64_max_error": error,
+            "tiers": {name: tier.as_dict() for name, tier in tiers.results.items()},
+            "not_run": tiers.not_run,
+            "worst_layers": worst,
+            "machine": machine(),
+            "golden": {"file": files.GOLDEN, **file_entry(golden_file)},
+            "seconds": clock.seconds,
+        },
     }
-    written = {**content, **{plan_files[v]: made.content for v, made in built.items()}, **served}
-    written[files.GOLDEN] = golden_file
-    result = write_bundle(output, written | {name: to_json(doc) for name, doc in documents.items()}, force=force)
+    written = {
+        **content,
+        **{names[variant]: plan for variant, plan in engines.items()},
+        **repository.files,
+        files.GOLDEN: golden_file,
+        **{name: to_json(document) for name, document in documents.items()},
+    }
+    result = write_bundle(output, written, force=force)
     clock("bundle")
     return result
 
 
-def _file(precision: str, first: str, suffix: str) -> str:
+def _file(precision: str, precisions: Sequence[str], suffix: str) -> str:
     """``model<suffix>`` in the first precision asked for, ``model.<precision><suffix>`` in another."""
-    return f"model{suffix}" if precision == first else f"model.{precision}{suffix}"
+    return f"model{suffix}" if precision == precisions[0] else f"model.{precision}{suffix}"
 
 
 def _worst(errors: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -219,11 +209,23 @@ def _worst(errors: Mapping[str, float]) -> list[dict[str, Any]]:
     return [{"layer": name, "error": error} for name, error in ranked[:WORST_LAYERS]]
 
 
-def _check_keep_float(keep_float: Sequence[str], precisions: Sequence[str]) -> None:
+def _check_options(
+    precisions: Sequence[str], keep_float: Sequence[str], emit: Sequence[str], *, calibrated: bool
+) -> None:
+    """Refuse, before any work, options that do not go together.
+
+    Raises:
+        TargetError: naming what to give instead.
+    """
+    if "int8" in precisions and not calibrated:
+        raise TargetError("int8 needs real images to read ranges off: name a folder of them with --calibrate")
     if keep_float and set(precisions) == {"fp32"}:
         raise TargetError("--keep-float says what stays in float32 beside another --precision; fp32 keeps everything")
     if AUTO in keep_float and "int8" not in precisions:
         raise TargetError(f"--keep-float {AUTO} measures what int8 costs: add int8, or name the layers to keep")
+    for kind in emit:
+        if kind != TRITON:
+            raise TargetError(f"cannot emit {kind!r}: only {TRITON}")
 
 
 def _chosen(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from foldgroup.emit.triton import triton_repository
 from foldgroup.errors import EmitError
@@ -19,6 +20,14 @@ def served_name(bundle: str) -> str:
     return name or "model"
 
 
+@dataclass(frozen=True)
+class Repository:
+    """The files of a model repository by their path in the bundle, and why a variant is not in it."""
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
 def triton(
     name: str,
     models: Mapping[Variant, bytes],
@@ -26,11 +35,11 @@ def triton(
     *,
     classes: Sequence[str],
     batch: tuple[int, int, int],
-) -> tuple[dict[str, bytes], dict[str, str]]:
-    """A repository with a model for every variant that Triton can serve, and why the others are not in it.
+) -> Repository:
+    """A repository with a model for every variant that Triton can serve.
 
     ``models`` are the ONNX files, ``engines`` what was built of them. One model is called ``name``; of several, each
-    bears its target and precision too. The files are named by their path in the bundle.
+    bears its target and precision too.
 
     Raises:
         EmitError: if Triton can serve none of them.
@@ -47,4 +56,4 @@ def triton(
             served[variant] = repository
     if not served:
         raise EmitError(f"Triton can serve none of these: {'; '.join(left_out.values())}")
-    return {f"{TRITON}/{path}": content for files in served.values() for path, content in files.items()}, left_out
+    return Repository({f"{TRITON}/{path}": data for own in served.values() for path, data in own.items()}, left_out)

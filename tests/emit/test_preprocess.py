@@ -115,6 +115,17 @@ def test_openvino_reads_the_same() -> None:
         assert (off > 0.01).mean() < 0.02
 
 
+def test_in_16_bits_no_pixel_is_displaced() -> None:
+    ov = pytest.importorskip("openvino")
+    preprocessing = Preprocessing(256, 224)
+    core = ov.Core()
+    model = core.read_model(with_preprocessing(identity(224), preprocessing))
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    image = photograph(501, 333)
+    off = levels_off(compiled([np.asarray(image)[None]])[0][0], image, preprocessing)
+    assert off.max() < 5 and off.mean() < 2
+
+
 def test_tensorrt_rtx_builds_it() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
     log = trt.Logger(trt.Logger.INTERNAL_ERROR)
