@@ -18,33 +18,19 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 from foldgroup.errors import EquivalenceError, FoldgroupError
+from foldgroup.options import (
+    ExistingPath,
+    engine_options,
+    handover_options,
+    input_size_option,
+    json_option,
+    precision_options,
+    reading_options,
+    run_on_option,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
-ExistingPath = click.Path(path_type=Path)
-
-
-class BatchType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
-    """A number, or MIN:OPT:MAX."""
-
-    name = "N|MIN:OPT:MAX"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """An int, or a tuple of three."""
-        if not isinstance(value, str):
-            return value
-        try:
-            numbers = tuple(int(part) for part in value.split(":"))
-        except ValueError:
-            numbers = ()
-        if len(numbers) not in (1, 3) or numbers[0] < 1 or list(numbers) != sorted(numbers):
-            self.fail(f"{value!r} is neither a number of images nor MIN:OPT:MAX, such as 1:8:32", param, ctx)
-        return numbers[0] if len(numbers) == 1 else numbers
-
-
-def _names(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
-    """The values of an option that is given several times, or with commas."""
-    return tuple(name.strip() for part in value for name in part.split(",") if name.strip())
 
 
 def _errors_are_messages(function: Callable[P, R]) -> Callable[P, R]:
@@ -64,32 +50,6 @@ def _errors_are_messages(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def _reading_options(function: Callable[P, R]) -> Callable[P, R]:
-    """The options that say how to read a checkpoint."""
-    options = (
-        click.option("--arch", help="Builder to use, such as g_resnext50, instead of inferring it from the tensors."),
-        click.option(
-            "--gate-order",
-            type=click.Choice(["stored", "sorted"]),
-            default="stored",
-            show_default=True,
-            help="'sorted' for a public DGConv trained with sort=True, which moves identity factors first. "
-            "Nothing in the file tells: ask whoever trained it.",
-        ),
-        click.option(
-            "--zero-gates",
-            type=click.Choice(["identity", "ones"]),
-            help="What a gate of exactly 0 in a public DGConv checkpoint means; without it, such a file is refused.",
-        ),
-    )
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="foldgroup")
 def main() -> None:
@@ -107,8 +67,8 @@ def main() -> None:
 
 @main.command()
 @click.argument("path", type=ExistingPath)
-@_reading_options
-@_json_option
+@reading_options
+@json_option
 @_errors_are_messages
 def inspect(path: Path, as_json: bool, **reading: Any) -> None:
     """Show the groups that a CHECKPOINT or BUNDLE has learned, layer by layer."""
@@ -124,66 +84,15 @@ def inspect(path: Path, as_json: bool, **reading: Any) -> None:
 @click.option(
     "-o", "--output", type=ExistingPath, help="Bundle to write.  [default: <checkpoint's stem>.foldgroup here]"
 )
-@_reading_options
-@click.option("--input-size", type=click.IntRange(1), help="Height and width of the input.  [default: as trained]")
-@click.option(
-    "--batch",
-    type=BatchType(),
-    help="N fixes the batch; MIN:OPT:MAX keeps it dynamic, with engines built for that range.  "
-    "[default: dynamic, 1:8:32]",
-)
-@click.option(
-    "--target",
-    multiple=True,
-    callback=_names,
-    help="Where it will run: onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt, openvino, openvino-gpu, aotinductor, "
-    "aotinductor-cuda, tensorrt or tensorrt-rtx, or one in one precision, such as openvino:int8; repeatable, or with "
-    "commas.  [default: onnxruntime, and tensorrt-rtx if installed]",
-)
-@click.option(
-    "--precision",
-    multiple=True,
-    callback=_names,
-    help="fp32, fp16, bf16 or int8; repeatable, or with commas; the first is that of model.onnx.  [default: fp32]",
-)
-@click.option("--calibrate", type=ExistingPath, help="Folder of real images that int8 reads its ranges off.")
-@click.option(
-    "--calibration",
-    type=click.Choice(["minmax", "percentile", "entropy"]),
-    default="minmax",
-    show_default=True,
-    help="How a range is read off.",
-)
-@click.option(
-    "--calibration-images", type=click.IntRange(1), default=256, show_default=True, help="At most so many are used."
-)
-@click.option(
-    "--keep-float",
-    multiple=True,
-    callback=_names,
-    help="Layer that stays in float32, or a wildcard; repeatable. 'auto' keeps the few that int8 hurts most.",
-)
-@click.option(
-    "--gpu",
-    multiple=True,
-    callback=_names,
-    help="Compute capabilities of a TensorRT-RTX engine, such as sm80,sm89,sm120.  [default: the builder's own]",
-)
-@click.option("--no-engine", is_flag=True, help="Build none: leave out every target that takes one.")
-@click.option("--optimization-level", type=click.IntRange(0, 5), help="Of TensorRT's builder.")
-@click.option("--workspace", type=click.IntRange(1), help="Scratch memory that TensorRT's builder may use, in MiB.")
-@click.option("--compatibility", help="TensorRT's hardware compatibility level, such as ampere_plus.")
-@click.option(
-    "--timing-cache", type=ExistingPath, help="TensorRT's, kept and reused.  [default: <bundle>.timing beside it]"
-)
-@click.option("--emit", multiple=True, type=click.Choice(["triton"]), help="Add a Triton Inference Server repository.")
-@click.option(
-    "--bake-preprocessing", is_flag=True, help="Add model.image.onnx: resize, crop and normalise are in the graph."
-)
+@reading_options
+@input_size_option
+@engine_options
+@precision_options
+@handover_options
 @click.option("--dump-passes", type=ExistingPath, help="Write the graph after every pass to this folder, as text.")
 @click.option("--check-passes", is_flag=True, help="Prove and run the graph after every pass.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
-@_json_option
+@json_option
 @_errors_are_messages
 def compile(
     checkpoint: Path,
@@ -224,20 +133,11 @@ def compile(
     _show(bundle.manifest if as_json else compile_summary(bundle))
 
 
-_target_option = click.option(
-    "--target",
-    multiple=True,
-    callback=_names,
-    help="Where to run it, such as openvino or openvino:int8; repeatable, or with commas.  "
-    "[default: all that the bundle was compiled for and that can run here]",
-)
-
-
 @main.command()
 @click.argument("paths", nargs=-1, required=True, type=ExistingPath, metavar="[CHECKPOINT] BUNDLE")
-@_target_option
+@run_on_option
 @click.option("--data", type=ExistingPath, help="Folder of labelled images, one sub-folder per class.")
-@_json_option
+@json_option
 @_errors_are_messages
 def verify(paths: tuple[Path, ...], target: tuple[str, ...], data: Path | None, as_json: bool) -> None:
     """Check that BUNDLE is the network that was trained; against CHECKPOINT itself if it is at hand."""
@@ -259,7 +159,7 @@ def verify(paths: tuple[Path, ...], target: tuple[str, ...], data: Path | None, 
 @main.command()
 @click.argument("bundle", type=ExistingPath)
 @click.option("--against", multiple=True, help="A torchvision network, such as resnext50_32x4d; repeatable.")
-@_target_option
+@run_on_option
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads inside one operation.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images at a time.")
 @click.option(
@@ -313,7 +213,7 @@ def bench(
 @click.argument("images", nargs=-1, required=True, type=ExistingPath)
 @click.option("--target", help="Where to run it, such as openvino:int8.  [default: the first that can run here]")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes to show.")
-@_json_option
+@json_option
 @_errors_are_messages
 def run(bundle: Path, images: tuple[Path, ...], target: str | None, top: int, as_json: bool) -> None:
     """Show what BUNDLE sees in IMAGES: the likeliest classes of each."""
@@ -338,8 +238,8 @@ def explain(bundle: Path) -> None:
 
 @main.command()
 @click.argument("checkpoint", type=ExistingPath)
-@_reading_options
-@click.option("--input-size", type=click.IntRange(1), help="Height and width of the input.  [default: as trained]")
+@reading_options
+@input_size_option
 @_errors_are_messages
 def bisect(checkpoint: Path, input_size: int | None, **reading: Any) -> None:
     """Name the first pass after which the network is no longer the trained one."""

@@ -179,6 +179,7 @@ def compile(
         files.VERIFICATION: {
             "float64_max_error": error,
             "tiers": {name: tier.as_dict() for name, tier in tiers.results.items()},
+            "runtimes": tiers.runtimes,
             "not_run": tiers.not_run,
             "worst_layers": worst,
             "machine": machine(),

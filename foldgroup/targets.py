@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from foldgroup.errors import TargetError
+from foldgroup.errors import RunnerError, TargetError
 
 if TYPE_CHECKING:
     from foldgroup.run import Runner
@@ -200,6 +200,8 @@ def _tensorrt(module: str) -> Callable[[bytes, str, int | None, int], Runner]:
     def make(content: bytes, precision: str, threads: int | None, streams: int) -> Runner:
         from foldgroup.run.trt import TensorRtRunner
 
+        if streams > 1:
+            raise RunnerError(f"an engine of {module} runs one call at a time here: fill the GPU with a larger batch")
         return TensorRtRunner(content, module=module, precision=precision)
 
     return make

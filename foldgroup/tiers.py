@@ -26,6 +26,8 @@ class Tiers:
     """The variants that ran, with their results, and those that cannot run here, with the reason."""
 
     results: dict[str, TierResult] = field(default_factory=dict)
+    runtimes: dict[str, dict[str, str | int]] = field(default_factory=dict)
+    """What really ran: the runners' own descriptions."""
     not_run: dict[str, str] = field(default_factory=dict)
 
 
@@ -52,6 +54,7 @@ def run_tiers(contents: Mapping[Variant, bytes], golden: Golden) -> Tiers:
         try:
             with make_runner(variant, content) as runner:
                 tiers.results[str(variant)] = run_tier(variant, runner, golden)
+                tiers.runtimes[str(variant)] = runner.describe()
         except HardwareError as error:
             tiers.not_run[str(variant)] = str(error)
     return tiers

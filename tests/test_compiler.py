@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,10 @@ def test_every_variant_that_can_run_here_did_and_the_rest_say_why(bundle: Bundle
     assert all(tier["passed"] for tier in tiers.values())
     assert all("GPU" in reason or "cannot compute in" in reason for reason in not_run.values())
     assert {str(v) for v in bundle.variants} == set(tiers) | set(not_run)
+    runtimes = bundle.verification["runtimes"]
+    assert set(runtimes) == set(tiers)
+    assert runtimes["onnxruntime fp32"]["provider"] == "CPUExecutionProvider"
+    assert runtimes["openvino int8"]["precision"] == "int8"
 
 
 def test_the_worst_layers_of_every_other_precision_are_named(bundle: Bundle) -> None:
@@ -233,13 +238,26 @@ def test_what_does_not_go_together_is_refused_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "target, module, other",
+    [
+        ("openvino", "openvino", "onnxruntime"),
+        ("onnxruntime", "onnxruntime", "openvino"),
+        ("tensorrt-rtx", "tensorrt_rtx", "onnxruntime"),
+        ("tensorrt", "tensorrt", "onnxruntime"),
+    ],
+)
 def test_a_missing_runtime_says_what_to_install_and_the_rest_works(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, module: str, other: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "openvino", None)
-    with pytest.raises(TargetError, match="pip install openvino"):
-        compile(tiny_checkpoint, tmp_path / "a", target=["onnxruntime", "openvino"])
-    assert verify(compile(tiny_checkpoint, tmp_path / "b", engine=False).path)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(TargetError, match=f"pip install {target}"):
+        compile(tiny_checkpoint, tmp_path / "a", target=[other, target])
+    bundle = compile(tiny_checkpoint, tmp_path / "b", target=[other])
+    assert verify(bundle.path, tiny_checkpoint)
+    assert benchmark(bundle.path, max_seconds=0).subjects
+    with pytest.raises(FoldgroupError, match=f"pip install {target}|no engine for {target}"):
+        verify(bundle.path, target=[target])
 
 
 def test_a_fixed_batch_goes_through_every_precision(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:

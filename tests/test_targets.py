@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from foldgroup.errors import TargetError
+from foldgroup.errors import RunnerError, TargetError
 from foldgroup.targets import (
     PRECISIONS,
     TARGETS,
@@ -95,3 +95,8 @@ def test_what_is_missing_is_said_with_what_to_install(monkeypatch, name):
 
 def test_what_is_there_is_not_missing():
     assert missing(find_target("aotinductor")) is None
+
+
+def test_an_engine_on_a_gpu_is_not_called_from_two_threads():
+    with pytest.raises(RunnerError, match="one call at a time"):
+        make_runner(Variant(find_target("tensorrt-rtx"), "fp32"), b"", streams=2)

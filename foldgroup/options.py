@@ -1,0 +1,155 @@
+"""The options that the command line's verbs take, in groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+ExistingPath = click.Path(path_type=Path)
+
+
+class BatchType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
+    """A number, or MIN:OPT:MAX."""
+
+    name = "N|MIN:OPT:MAX"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """An int, or a tuple of three."""
+        if not isinstance(value, str):
+            return value
+        try:
+            numbers = tuple(int(part) for part in value.split(":"))
+        except ValueError:
+            numbers = ()
+        if len(numbers) not in (1, 3) or numbers[0] < 1 or list(numbers) != sorted(numbers):
+            self.fail(f"{value!r} is neither a number of images nor MIN:OPT:MAX, such as 1:8:32", param, ctx)
+        return numbers[0] if len(numbers) == 1 else numbers
+
+
+def names(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """The values of an option that is given several times, or with commas."""
+    return tuple(name.strip() for part in value for name in part.split(",") if name.strip())
+
+
+def _group(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order that ``--help`` lists them."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+
+input_size_option = click.option(
+    "--input-size", type=click.IntRange(1), help="Height and width of the input.  [default: as trained]"
+)
+
+run_on_option = click.option(
+    "--target",
+    multiple=True,
+    callback=names,
+    help="Where to run it, such as openvino or openvino:int8; repeatable, or with commas.  "
+    "[default: all that the bundle was compiled for and that can run here]",
+)
+
+reading_options = _group(
+    click.option("--arch", help="Builder to use, such as g_resnext50, instead of inferring it from the tensors."),
+    click.option(
+        "--gate-order",
+        type=click.Choice(["stored", "sorted"]),
+        default="stored",
+        show_default=True,
+        help="'sorted' for a public DGConv trained with sort=True, which moves identity factors first. "
+        "Nothing in the file tells: ask whoever trained it.",
+    ),
+    click.option(
+        "--zero-gates",
+        type=click.Choice(["identity", "ones"]),
+        help="What a gate of exactly 0 in a public DGConv checkpoint means; without it, such a file is refused.",
+    ),
+)
+"""How to read a checkpoint."""
+
+precision_options = _group(
+    click.option(
+        "--precision",
+        multiple=True,
+        callback=names,
+        help="fp32, fp16, bf16 or int8; repeatable, or with commas; the first is that of model.onnx.  [default: fp32]",
+    ),
+    click.option("--calibrate", type=ExistingPath, help="Folder of real images that int8 reads its ranges off."),
+    click.option(
+        "--calibration",
+        type=click.Choice(["minmax", "percentile", "entropy"]),
+        default="minmax",
+        show_default=True,
+        help="How a range is read off.",
+    ),
+    click.option(
+        "--calibration-images",
+        type=click.IntRange(1),
+        default=256,
+        show_default=True,
+        help="At most so many are used.",
+    ),
+    click.option(
+        "--keep-float",
+        multiple=True,
+        callback=names,
+        help="Layer that stays in float32, or a wildcard; repeatable. 'auto' keeps the few that int8 hurts most.",
+    ),
+)
+"""In what precision a network is written."""
+
+engine_options = _group(
+    click.option(
+        "--target",
+        multiple=True,
+        callback=names,
+        help="Where it will run: onnxruntime, onnxruntime-cuda, onnxruntime-tensorrt, openvino, openvino-gpu, "
+        "aotinductor, aotinductor-cuda, tensorrt or tensorrt-rtx, or one in one precision, such as openvino:int8; "
+        "repeatable, or with commas.  [default: onnxruntime, and tensorrt-rtx if installed]",
+    ),
+    click.option(
+        "--batch",
+        type=BatchType(),
+        help="N fixes the batch; MIN:OPT:MAX keeps it dynamic, with engines built for that range.  "
+        "[default: dynamic, 1:8:32]",
+    ),
+    click.option(
+        "--gpu",
+        multiple=True,
+        callback=names,
+        help="Compute capabilities of a TensorRT-RTX engine, such as sm80,sm89,sm120.  [default: the builder's own]",
+    ),
+    click.option("--no-engine", is_flag=True, help="Build none: leave out every target that takes one."),
+    click.option("--optimization-level", type=click.IntRange(0, 5), help="Of TensorRT's builder."),
+    click.option("--workspace", type=click.IntRange(1), help="Scratch memory that TensorRT's builder may use, in MiB."),
+    click.option("--compatibility", help="TensorRT's hardware compatibility level, such as ampere_plus."),
+    click.option(
+        "--timing-cache",
+        type=ExistingPath,
+        help="TensorRT's, kept and reused.  [default: <bundle>.timing beside it]",
+    ),
+)
+"""Where a network is to run, and how engines are built for it."""
+
+handover_options = _group(
+    click.option(
+        "--emit", multiple=True, type=click.Choice(["triton"]), help="Add a Triton Inference Server repository."
+    ),
+    click.option(
+        "--bake-preprocessing",
+        is_flag=True,
+        help="Add model.image.onnx: resize, crop and normalise are in the graph.",
+    ),
+)
+"""What a bundle holds for a server."""
