@@ -40,7 +40,59 @@ def figures() -> str:
             f"{run['peak_rss_bytes'] / 1e9:.1f} GB on {compiles['threads']} cores: {run['shuffles_inserted']} shuffles "
             f"inserted, {run['shuffles_kept']} kept, float64 error {run['float64_max_error']:.0e}."
         )
+    for path in sorted(RESULTS.glob("targets_*.json")):
+        lines += ["", *_targets(_read(path))]
+    engines = RESULTS / "engines.json"
+    if engines.is_file():
+        lines += ["", *_engines(_read(engines))]
     return "\n".join(lines)
+
+
+def _targets(document: dict[str, Any]) -> list[str]:
+    """The folded form on every target and in every precision, against the first; one interleaved run."""
+    _, _, height, width = document["input_shape"]
+    folded = [subject for subject in document["subjects"] if subject["kind"] == "folded form"]
+    accuracy = document["verification"]["accuracy"]
+    known = next(iter(accuracy.values()))["images"] if accuracy else 0
+    head = ["runs on", "median ms", "times as fast as the first (95 % interval)", "file"]
+    head += [f"top-1 of {known:,} test images"] if known else []
+    lines = [
+        f"{document['checkpoint']['arch']}, {height}×{width}, folded form, {document['threads']} thread, "
+        f"batch {document['batch']}, {_cpu(document['machine'])}:",
+        "",
+        f"| {' | '.join(head)} |",
+        f"| {' | '.join('---' for _ in head)} |",
+    ]
+    ratios = {entry["subject"]: entry for entry in document["speed_ups"]}
+    for number, subject in enumerate(folded):
+        runtime = subject["runtime"]
+        ratio = ratios[subject["name"]] if number else None
+        row = [f"{runtime['runtime']} {runtime['precision']}", f"{subject['median_ms']:.2f}"]
+        row += [f"{ratio['value']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else ""]
+        row += [f"{subject['file_bytes'] / 1e6:.1f} MB"]
+        if known:
+            row += [f"{accuracy['{runtime} {precision}'.format(**runtime)]['top1']:.2%}"]
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def _engines(document: dict[str, Any]) -> list[str]:
+    """Build seconds and sizes of TensorRT-RTX's plans."""
+    gpus = ", ".join(document["compute_capabilities"])
+    entries = document["engines"]
+    builder = entries[0]["builder"].replace("_", "-")
+    lines = [
+        f"{builder} engines, each one plan for {gpus}, dynamic batch, built with no GPU on {_cpu(document['machine'])} "
+        "(not yet run on one):",
+        "",
+        "| network | precision | build s | plan | ONNX |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for entry in entries:
+        if isinstance(entry["batch"], list):
+            sizes = f"{entry['plan_bytes'] / 1e6:.1f} MB | {entry['onnx_bytes'] / 1e6:.1f} MB"
+            lines.append(f"| {entry['network']} | {entry['precision']} | {entry['seconds']:.1f} | {sizes} |")
+    return lines
 
 
 def readme_with(text: str, readme: str) -> str:
@@ -56,8 +108,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _where(machine: dict[str, Any]) -> str:
-    isa = ", ".join(machine["isa"])
-    return f"Measured on {machine['processor']}, {machine['usable_cores']} cores ({isa}):"
+    return f"Measured on {_cpu(machine)}:"
+
+
+def _cpu(machine: dict[str, Any]) -> str:
+    return f"{machine['processor']}, {machine['usable_cores']} cores ({', '.join(machine['isa'])})"
 
 
 def main() -> None:
