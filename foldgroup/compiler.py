@@ -28,7 +28,7 @@ from foldgroup.manifest import manifest_of
 from foldgroup.measure import machine
 from foldgroup.pipeline import PassRecord, Pipeline
 from foldgroup.targets import Variant, choose, missing
-from foldgroup.tiers import precision_layer_errors, run_tiers
+from foldgroup.tiers import precision_layer_errors, run_stand_ins, run_tiers
 
 CALIBRATION_IMAGES = 256
 """Images that int8 is calibrated on, unless told otherwise."""
@@ -153,6 +153,9 @@ def compile(
             clock(f"{variant} engine")
     engines = {variant: made.content for variant, made in built.items()}
     tiers = run_tiers(models | engines, golden)
+    if not tiers.results:
+        stand_ins = run_stand_ins({name: low.model for name, low in lowered.items()}, golden)
+        tiers = replace(stand_ins, not_run=tiers.not_run)
     clock("runtimes")
     for tier in tiers.results.values():
         if not tier:

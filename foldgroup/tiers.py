@@ -18,7 +18,7 @@ from foldgroup.errors import HardwareError
 from foldgroup.folding import Folded
 from foldgroup.golden import Golden
 from foldgroup.run.base import Runner, run_all
-from foldgroup.targets import Variant, make_runner
+from foldgroup.targets import Variant, find_target, make_runner, missing
 
 
 @dataclass
@@ -58,6 +58,15 @@ def run_tiers(contents: Mapping[Variant, bytes], golden: Golden) -> Tiers:
         except HardwareError as error:
             tiers.not_run[str(variant)] = str(error)
     return tiers
+
+
+def run_stand_ins(models: Mapping[str, bytes], golden: Golden) -> Tiers:
+    """Run ONNX files, by precision, under ONNX Runtime as far as it takes them: for engines that cannot run here."""
+    onnxruntime = find_target("onnxruntime")
+    if missing(onnxruntime) is not None:
+        return Tiers()
+    variants = {Variant(onnxruntime, p): model for p, model in models.items() if p in onnxruntime.precisions}
+    return run_tiers(variants, golden)
 
 
 def precision_layer_errors(

@@ -141,6 +141,15 @@ def test_a_target_that_cannot_run_here_is_an_error_only_if_asked_for(bundle: Bun
     assert {c.passed for c in verify(bundle.path).checks if c.name.startswith("tensorrt-rtx")} == {None}
 
 
+def test_an_engine_that_cannot_run_here_is_judged_by_its_onnx_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    if not tensorrt.available() or torch.cuda.is_available():
+        pytest.skip("there is a GPU, or no engine")
+    bundle = compile(tiny_checkpoint, tmp_path / "b", target=["tensorrt-rtx"], precision=["fp16", "bf16"])
+    assert set(bundle.verification["tiers"]) == {"onnxruntime fp16"}
+    assert set(bundle.verification["not_run"]) == {"tensorrt-rtx fp16", "tensorrt-rtx bf16"}
+    assert "onnxruntime fp16, golden inputs" in verify(bundle.path).tiers
+
+
 def test_an_engine_that_is_not_the_one_built_is_not_loaded(bundle: Bundle, tmp_path: Path) -> None:
     if not bundle.engines["engines"]:
         pytest.skip("tensorrt-rtx has no wheel for this platform")

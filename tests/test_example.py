@@ -52,3 +52,30 @@ def test_its_engine_covers_the_gpus_asked_for(bundle: Bundle) -> None:
     (engine,) = bundle.engines["engines"]
     assert engine["compute_capabilities"] == ["sm80", "sm89", "sm120"]
     assert (bundle.path / engine["file"]).stat().st_size == engine["bytes"] > 100_000
+
+
+def test_its_engines_in_every_precision_cover_every_gpu(tmp_path: Path) -> None:
+    gpus = ["sm80", "sm86", "sm89", "sm120"]
+    precisions = ["fp32", "fp16", "bf16", "int8"]
+    bundle = foldgroup.compile(
+        CHECKPOINT,
+        tmp_path / "b",
+        target=["tensorrt-rtx"],
+        precision=precisions,
+        gpu=gpus,
+        calibrate=EXAMPLES / "images",
+    )
+    engines = {engine["precision"]: engine for engine in bundle.engines["engines"]}
+    assert list(engines) == precisions
+    for engine in engines.values():
+        assert engine["compute_capabilities"] == gpus
+        assert engine["fallbacks"] == []
+        assert engine["bytes"] > 100_000
+
+
+def test_int8_keeps_its_accuracy_on_the_committed_images(tmp_path: Path) -> None:
+    bundle = foldgroup.compile(
+        CHECKPOINT, tmp_path / "b", target=["onnxruntime:fp32", "onnxruntime:int8"], calibrate=EXAMPLES / "images"
+    )
+    accuracy = foldgroup.verify(bundle.path, data=EXAMPLES / "images").accuracy
+    assert accuracy["onnxruntime int8"].top1 >= accuracy["onnxruntime fp32"].top1 - 0.02  # six of 300 images
