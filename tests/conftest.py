@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from foldgroup.checkpoint import Preprocessing, save_checkpoint
 from foldgroup.compiler import compile
@@ -26,3 +28,12 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     path = tmp_path_factory.mktemp("bundle") / "tiny.foldgroup"
     compile(tiny_checkpoint, path, engine=False)
     return path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are fastest in one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -25,14 +25,7 @@ from foldgroup.dialects import translate
 from foldgroup.errors import CheckpointError
 from foldgroup.nn import BottleneckConfig, DGConv2d, StageConfig, g_resnext17_cifar
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors are fastest so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def public_kernel(weight, gate, d=EYE, i=ONES, sort=False, group_mask=None):

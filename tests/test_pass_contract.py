@@ -84,12 +84,6 @@ def train_mode(graph: fx.GraphModule) -> fx.GraphModule:
     return fork(graph).train()
 
 
-def add_hook(graph: fx.GraphModule) -> fx.GraphModule:
-    result = fork(graph)
-    result.get_submodule("2").register_forward_hook(lambda *_: None)
-    return result
-
-
 MUTATIONS = {
     rename_node: "node renamed|node output",
     erase_node: "node _2|node _3",

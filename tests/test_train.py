@@ -35,13 +35,7 @@ class Interruption(Exception):
     """Somebody pulled the plug."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors are fastest so, and the sums of two runs are in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # so that the sums of two runs are in one order, too
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,7 @@ from foldgroup.nn import DGConv2d
 CHANNELS = st.sampled_from([1, 2, 3, 4, 6, 8, 12, 15, 16])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny tensors are fastest so."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)
