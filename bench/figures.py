@@ -58,20 +58,19 @@ def _targets(document: dict[str, Any]) -> list[str]:
     head += [f"top-1 of {known:,} test images"] if known else []
     lines = [
         f"{document['checkpoint']['arch']}, {height}×{width}, folded form, {document['threads']} thread, "
-        f"batch {document['batch']}, {_cpu(document['machine'])}:",
+        f"batch {document['batch']}, {document['machine'].get('gpu') or _cpu(document['machine'])}:",
         "",
         f"| {' | '.join(head)} |",
         f"| {' | '.join('---' for _ in head)} |",
     ]
     ratios = {entry["subject"]: entry for entry in document["speed_ups"]}
     for number, subject in enumerate(folded):
-        runtime = subject["runtime"]
         ratio = ratios[subject["name"]] if number else None
-        row = [f"{runtime['runtime']} {runtime['precision']}", f"{subject['median_ms']:.2f}"]
+        row = [subject["runs_on"], f"{subject['median_ms']:.2f}"]
         row += [f"{ratio['value']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else ""]
         row += [f"{subject['file_bytes'] / 1e6:.1f} MB"]
         if known:
-            row += [f"{accuracy['{runtime} {precision}'.format(**runtime)]['top1']:.2%}"]
+            row += [f"{accuracy[subject['runs_on']]['top1']:.2%}"]
         lines.append(f"| {' | '.join(row)} |")
     return lines
 

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import numpy as np
@@ -32,8 +33,11 @@ from foldgroup.candidates import FOLDED, TRAINING, Candidate, baseline, check_ba
 from foldgroup.equivalence import seeded_inputs
 from foldgroup.errors import RunnerError
 from foldgroup.measure import LatencyStats, Ratio, interleave, machine
-from foldgroup.run import Runner
+from foldgroup.run import Runner, TensorRtRunner
 from foldgroup.targets import Variant, make_runner, parse_variants
+
+DEVICE_REPEATS = 100
+"""Runs between CUDA events, where a runner has them."""
 
 DEFAULT_BASELINES: Mapping[str, tuple[str, ...]] = {
     "g_resnext50": ("resnext50_32x4d", "resnet50"),
@@ -60,8 +64,12 @@ class Subject:
     grouped_macs: int
     params: int
     file_bytes: int
+    runs_on: str
+    """Target and precision."""
     runtime: Mapping[str, str | int]
     """The runner's own description: runtime, version, provider, threads and precision."""
+    device_ms: float | None = None
+    """Median milliseconds on the GPU alone, between CUDA events, copies left out; None where no runner tells."""
 
     @property
     def flops(self) -> int:
@@ -211,7 +219,7 @@ def benchmark(
     images = seeded_inputs((batch, *opened.input_shape)).numpy()
     with ExitStack() as stack:
         load = partial(_load, stack, threads=threads, streams=streams)
-        folded, notes = _folded_forms(opened, wanted, load, must=bool(target))
+        folded, notes = _folded_forms(opened, wanted, load, batch=batch, must=bool(target))
         first = next(iter(folded))
         runners = dict(folded)
         for candidate in _others(opened, first.variant, names, on_step):
@@ -220,6 +228,11 @@ def benchmark(
         calls = {c.name: _call(runner, images, streams, pool) for c, runner in runners.items()}
         measured = interleave(calls, max_seconds=max_seconds, on_round=on_round)
         described = {c.name: runner.describe() for c, runner in runners.items()}
+        on_device = {
+            c.name: median(runner.device_ms(images, DEVICE_REPEATS))
+            for c, runner in runners.items()
+            if isinstance(runner, TensorRtRunner)
+        }
     here = [c for c in runners if c not in folded]
     elsewhere = [c for c in folded if c is not first]
     return BenchmarkReport(
@@ -235,7 +248,9 @@ def benchmark(
                 grouped_macs=c.grouped_macs,
                 params=c.params,
                 file_bytes=len(c.content),
+                runs_on=str(c.variant),
                 runtime=described[c.name],
+                device_ms=on_device.get(c.name),
             )
             for c in (first, *here, *elsewhere)
         ),
@@ -258,7 +273,7 @@ def _load(stack: ExitStack, candidate: Candidate, *, threads: int | None, stream
 
 
 def _folded_forms(
-    bundle: Bundle, wanted: Sequence[Variant], load: Callable[[Candidate], Runner], *, must: bool
+    bundle: Bundle, wanted: Sequence[Variant], load: Callable[[Candidate], Runner], *, batch: int, must: bool
 ) -> tuple[dict[Candidate, Runner], tuple[str, ...]]:
     """The folded form on every variant that can run here, the first called :data:`FOLDED`; and what cannot, and why.
 
@@ -270,13 +285,20 @@ def _folded_forms(
     for variant in wanted:
         candidate = folded_form(bundle, variant, str(variant) if runners else FOLDED)
         try:
-            runners[candidate] = load(candidate)
+            runner = load(candidate)
+            least, greatest = runner.batch_range or (batch, batch)
+            if not least <= batch <= greatest:
+                raise RunnerError(f"{variant} takes batches of {least} to {greatest}: give another --batch")
+            runners[candidate] = runner
         except RunnerError as error:
             if must:
                 raise
             notes.append(f"{variant}: {error}")
     if not runners:
-        raise RunnerError(f"{bundle.path}: nothing that it was compiled for can run here. {'; '.join(notes)}")
+        raise RunnerError(
+            f"{bundle.path}: nothing that it was compiled for can run here; name something that can, such as --target "
+            f"onnxruntime. {'; '.join(notes)}"
+        )
     return runners, tuple(notes)
 
 

@@ -16,8 +16,9 @@ golden.safetensors    inputs and the training form's float64 logits          ver
 verification.json     what was measured, and on which machine                –
 ====================  =====================================================  ==================
 
-Equal checkpoints and options give byte-equal files down to preprocessing.json. Engine builders are not deterministic
-and the last bits of float64 sums depend on the processor, so those files are outside that promise.
+Equal checkpoints and options give byte-equal files down to preprocessing.json; with int8, on one kind of processor and
+with one version of the quantiser, which the manifest names. Engine builders are not deterministic and the last bits of
+float64 sums depend on the processor, so the other files are outside that promise.
 """
 
 from __future__ import annotations
@@ -109,9 +110,19 @@ class Bundle:
                     f"with --precision {','.join([*self.models, variant.precision])}"
                 )
             return self.checked(self.models[variant.precision]["file"], self.manifest["files"])
+        entry = self.engine(variant)
+        return self.checked(entry["file"], {entry["file"]: entry})
+
+    def engine(self, variant: Variant) -> dict[str, Any]:
+        """The entry of a variant's engine in ``engines.json``.
+
+        Raises:
+            BundleError: if the bundle has none.
+        """
         for entry in self.engines["engines"]:
             if (entry["target"], entry["precision"]) == (variant.target.name, variant.precision):
-                return self.checked(entry["file"], {entry["file"]: entry})
+                found: dict[str, Any] = entry
+                return found
         raise BundleError(
             f"{self.path}: has no engine for {variant}; compile again with --target {variant.target.name}"
         )
@@ -126,6 +137,12 @@ class Bundle:
         if file_entry(content)["sha256"] != recorded[name]["sha256"]:
             raise EquivalenceError(f"{self.path / name}: not the file that was compiled (its SHA-256 differs)")
         return content
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The only batch that the network takes; None if it is dynamic."""
+        batch = self.manifest["input"]["shape"][0]
+        return batch if isinstance(batch, int) else None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from torch import fx, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from foldgroup.bundle import Bundle
+from foldgroup.emit.engine import BATCH_RANGE
 from foldgroup.emit.onnx import export_onnx
 from foldgroup.emit.precision import DTYPES, typed
 from foldgroup.emit.quantize import Quantizer
@@ -47,10 +48,11 @@ def folded_form(bundle: Bundle, variant: Variant, name: str) -> Candidate:
     Raises:
         BundleError, EquivalenceError: if the bundle has no such file, or it is not the one recorded.
     """
-    manifest = bundle.manifest
-    macs = manifest["macs"]["executed"]
-    grouped = sum(layer["executed_macs"] for layer in manifest["layers"])
-    return Candidate(name, "folded form", variant, bundle.content(variant), macs, grouped, manifest["params"]["folded"])
+    model = bundle.models[variant.precision]
+    params = bundle.manifest["params"]["folded"]
+    return Candidate(
+        name, "folded form", variant, bundle.content(variant), model["macs"], model["learned_macs"], params
+    )
 
 
 def training_form(bundle: Bundle, variant: Variant) -> Candidate | None:
@@ -92,7 +94,7 @@ def baseline(name: str, bundle: Bundle, variant: Variant) -> Candidate:
             torch.manual_seed(0)
             model = builder(num_classes=bundle.manifest["output"]["shape"][1])
         graph = _folded(model.requires_grad_(False), shape)
-        content = _file(variant, _lowered(graph, shape, variant.precision), bundle)
+        content = _file(variant, _lowered(graph, bundle, variant.precision), bundle)
     except FoldgroupError as error:
         raise ModelError(f"baseline {name} cannot be built for images of {shape[2]} pixels: {error}") from error
     costs = layer_costs(graph)
@@ -131,20 +133,31 @@ def check_baselines(names: Sequence[str]) -> None:
         baseline_builder(name)
 
 
-def _lowered(graph: fx.GraphModule, shape: tuple[int, ...], precision: str) -> Lowered:
+def _lowered(graph: fx.GraphModule, bundle: Bundle, precision: str) -> Lowered:
+    batch = bundle.fixed_batch
+    shape, fixed = (batch or 1, *bundle.input_shape), batch is not None
+    lowered = typed(graph, DTYPES.get(precision, torch.float32))
+    model = export_onnx(lowered, shape, fixed_batch=fixed)
     if precision == "int8":
-        base = typed(graph, torch.float32)
-        noise = seeded_inputs((4, *shape[1:])).numpy()
-        return Lowered(precision, base, Quantizer(export_onnx(base, shape), noise).quantize())
-    lowered = typed(graph, DTYPES[precision])
-    return Lowered(precision, lowered, export_onnx(lowered, shape))
+        model = Quantizer(model, seeded_inputs((4, *shape[1:])).numpy(), batch=batch).quantize()
+    return Lowered(precision, lowered, model)
 
 
 def _file(variant: Variant, lowered: Lowered, bundle: Bundle) -> bytes:
-    """What the variant runs: the ONNX file itself, or an engine built from it."""
+    """What the variant runs: the ONNX file itself, or an engine built from it as the bundle's own was."""
     if variant.target.takes == "onnx":
         return lowered.model
-    return build(variant, lowered, (1, *bundle.input_shape), EngineSettings()).content
+    facts = bundle.engine(variant)
+    gpus = facts.get("compute_capabilities")
+    settings = EngineSettings(
+        gpu=gpus if isinstance(gpus, list) else (),
+        optimization_level=facts.get("optimization_level"),
+        workspace_mib=facts.get("workspace_mib"),
+        compatibility=facts.get("compatibility"),
+        batch=tuple(facts["batch"] or BATCH_RANGE),
+    )
+    fixed = bundle.fixed_batch
+    return build(variant, lowered, (fixed or 1, *bundle.input_shape), settings, fixed_batch=fixed is not None).content
 
 
 def _folded(model: nn.Module, shape: tuple[int, ...]) -> fx.GraphModule:

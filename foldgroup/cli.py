@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -183,6 +184,8 @@ def bench(
     """Measure BUNDLE against its training form and known networks, interleaved in one run."""
     from foldgroup.report.tables import benchmark_table, comparison_table
 
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise click.UsageError(f"{json_file}: there is no such folder to write to")
     with _progress("bench") as step:
         from foldgroup.benchmarking import benchmark as run
         from foldgroup.earlier import compare, read_report
@@ -198,14 +201,17 @@ def bench(
             max_seconds=seconds,
             on_step=step,
         )
+    document = report.as_dict()
+    changes = compare(document, earlier) if earlier is not None else ()
+    document |= {"since_baseline": [asdict(change) for change in changes]} if earlier is not None else {}
     if json_file is not None and str(json_file) != "-":
         try:
-            json_file.write_text(json.dumps(report.as_dict(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            json_file.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         except OSError as error:
             raise click.UsageError(f"{json_file}: cannot be written ({error.strerror})") from error
-    _show(report.as_dict() if str(json_file) == "-" else benchmark_table(report))
-    if earlier is not None:
-        _show(comparison_table(compare(report.as_dict(), earlier)))
+    _show(document if str(json_file) == "-" else benchmark_table(report))
+    if changes and str(json_file) != "-":
+        _show(comparison_table(changes))
 
 
 @main.command()

@@ -18,6 +18,7 @@ from foldgroup.emit.engine import Engine
 from foldgroup.emit.preprocess import with_preprocessing
 from foldgroup.emit.quantize import Calibration
 from foldgroup.engines import EngineSettings, build, entry
+from foldgroup.equivalence import TierResult, first_layer_over
 from foldgroup.errors import EquivalenceError, TargetError
 from foldgroup.folding import check_float64, fold
 from foldgroup.golden import Golden
@@ -28,7 +29,7 @@ from foldgroup.manifest import manifest_of
 from foldgroup.measure import machine
 from foldgroup.pipeline import PassRecord, Pipeline
 from foldgroup.targets import Variant, choose, missing
-from foldgroup.tiers import precision_layer_errors, run_stand_ins, run_tiers
+from foldgroup.tiers import Tiers, layer_errors, rounded_tier, run_tiers, stand_in
 
 CALIBRATION_IMAGES = 256
 """Images that int8 is calibrated on, unless told otherwise."""
@@ -88,17 +89,20 @@ def compile(
     asked = [precision] if isinstance(precision, str) else precision
     chosen = _chosen(target, asked, engine=engine, gpu=gpu)
     precisions = tuple(dict.fromkeys((*asked, *(variant.precision for variant in chosen))))
-    _check_options(precisions, keep_float, emit, calibrated=calibrate is not None)
-    fixed = batch if isinstance(batch, int) else None
+    _check_options(chosen, precisions, keep_float, emit, engine_settings, calibrated=calibrate is not None)
+    fixed, place = batch if isinstance(batch, int) else None, output.absolute()
     settings = replace(
         engine_settings,
         gpu=gpu,
         batch=batch if isinstance(batch, tuple) else engine_settings.batch,
-        timing_cache=engine_settings.timing_cache or output.with_name(output.name + ".timing"),
+        timing_cache=engine_settings.timing_cache or place.with_name(place.name + ".timing"),
     )
     clock = _Clock(on_step)
     checkpoint = load_checkpoint(source, arch=arch, gate_order=gate_order, zero_gates=zero_gates)
     clock("read checkpoint")
+    channels = next(checkpoint.model.parameters()).shape[1]
+    if channels != 3 and (calibrate is not None or bake_preprocessing):
+        raise TargetError(f"{source}: images have 3 channels, this network takes {channels}: it goes without them")
     preprocessing = _preprocessing(checkpoint, input_size or checkpoint.preprocessing.size)
     data = None
     if calibrate is not None:
@@ -117,13 +121,18 @@ def compile(
     clock("float64")
 
     lowered: dict[str, Lowered] = {}
-    worst: dict[str, Any] = {}
+    errors: dict[str, dict[str, float]] = {}
+    tiers = Tiers()
     for name in precisions:
-        low = lower(folded, name, batch=fixed, keep_float=keep_float, calibration=data, on_step=clock)
+        form = packed_for(name, folded)
+        low = lowered[name] = lower(
+            folded, name, packed=form, batch=fixed, keep_float=keep_float, calibration=data, on_step=clock
+        )
         if name != "fp32":
-            worst[name] = _worst(precision_layer_errors(name, folded, low.model, low.keep_float, golden))
-            clock(f"layer errors in {name}")
-        lowered[name] = low
+            errors[name] = layer_errors(name, form, low.model, low.keep_float, golden, batch=fixed)
+        if name in ("fp16", "bf16"):
+            tiers.results[f"rounded {name}"] = rounded_tier(name, folded, low.keep_float, golden, errors[name])
+        clock(f"errors in {name}")
     options: dict[str, Any] = {"arch": arch, "gate_order": gate_order, "zero_gates": zero_gates, "batch": batch}
     options |= {"input_size": folded.input_shape[2], "precision": precisions, "keep_float": keep_float}
     records = [_record(record) for record in folded.result.records]
@@ -152,14 +161,14 @@ def compile(
             built[variant] = build(variant, low, shape, settings, fixed_batch=fixed is not None, on_step=on_step)
             clock(f"{variant} engine")
     engines = {variant: made.content for variant, made in built.items()}
-    tiers = run_tiers(models | engines, golden)
-    if not tiers.results:
-        stand_ins = run_stand_ins({name: low.model for name, low in lowered.items()}, golden)
-        tiers = replace(stand_ins, not_run=tiers.not_run)
+    ran = run_tiers(models | engines, golden)
+    unjudged = set(precisions) - {variant.precision for variant in chosen if str(variant) in ran.results}
+    stand_ins = {v: lowered[v.precision].model for v in map(stand_in, sorted(unjudged)) if v is not None}
+    for part in (ran, run_tiers(stand_ins, golden)):
+        tiers.add(part)
     clock("runtimes")
     for tier in tiers.results.values():
-        if not tier:
-            raise EquivalenceError(f"{source}: under {tier.name}, {'; '.join(tier.violations)}")
+        _judge(source, tier, errors.get(tier.precision, {}))
     repository = Repository()
     if TRITON in emit:
         if bake_preprocessing:
@@ -184,7 +193,7 @@ def compile(
             "tiers": {name: tier.as_dict() for name, tier in tiers.results.items()},
             "runtimes": tiers.runtimes,
             "not_run": tiers.not_run,
-            "worst_layers": worst,
+            "worst_layers": {name: _worst(own) for name, own in errors.items()},
             "machine": machine(),
             "golden": {"file": files.GOLDEN, **file_entry(golden_file)},
             "seconds": clock.seconds,
@@ -213,8 +222,26 @@ def _worst(errors: Mapping[str, float]) -> list[dict[str, Any]]:
     return [{"layer": name, "error": error} for name, error in ranked[:WORST_LAYERS]]
 
 
+def _judge(source: Path, tier: TierResult, errors: Mapping[str, float]) -> None:
+    """Stop at a tier that failed, with the first layer that is off.
+
+    Raises:
+        EquivalenceError: naming the limits that were exceeded.
+    """
+    if not tier:
+        first = first_layer_over(errors, tier.limits.max_error)
+        where = f"; the first layer over is {first}: keep it in float with --keep-float {first}" if first else ""
+        raise EquivalenceError(f"{source}: {tier.name}: {'; '.join(tier.violations)}{where}")
+
+
 def _check_options(
-    precisions: Sequence[str], keep_float: Sequence[str], emit: Sequence[str], *, calibrated: bool
+    chosen: Sequence[Variant],
+    precisions: Sequence[str],
+    keep_float: Sequence[str],
+    emit: Sequence[str],
+    settings: EngineSettings,
+    *,
+    calibrated: bool,
 ) -> None:
     """Refuse, before any work, options that do not go together.
 
@@ -227,6 +254,8 @@ def _check_options(
         raise TargetError("--keep-float says what stays in float32 beside another --precision; fp32 keeps everything")
     if AUTO in keep_float and "int8" not in precisions:
         raise TargetError(f"--keep-float {AUTO} measures what int8 costs: add int8, or name the layers to keep")
+    if settings.compatibility is not None and not any(v.target.name == "tensorrt" for v in chosen):
+        raise TargetError("--compatibility is TensorRT's: add --target tensorrt (TensorRT-RTX takes --gpu sm80,sm89)")
     for kind in emit:
         if kind != TRITON:
             raise TargetError(f"cannot emit {kind!r}: only {TRITON}")
@@ -240,9 +269,7 @@ def _chosen(
     Raises:
         TargetError, EmitError: if a target is unknown, not installed, or does not take what is asked of it.
     """
-    if gpu and not names:
-        names = ("onnxruntime", "tensorrt-rtx")
-    variants = choose(names, precisions, engines=engine)
+    variants = choose(names, precisions, engines=engine, rtx=bool(gpu))
     for target in {variant.target for variant in variants}:
         reason = missing(target)
         if reason is not None:

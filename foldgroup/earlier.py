@@ -15,7 +15,8 @@ from typing import Any
 from foldgroup.errors import ComparisonError
 
 _SETTINGS = ("input_shape", "batch", "threads", "streams")
-_MACHINE = ("processor", "logical_cores", "usable_cores", "isa", "os")
+_NETWORK = ("arch", "sha256")
+_MACHINE = ("processor", "logical_cores", "usable_cores", "isa", "gpu", "os")
 _SUBJECT = ("runtime", "version", "provider", "threads", "precision")
 
 
@@ -45,9 +46,10 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ComparisonError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ComparisonError(f"{path}: not JSON ({error}); give a file that 'foldgroup bench --json' wrote") from error
-    keys = ("subjects", "machine", *_SETTINGS)
-    if not isinstance(document, dict) or any(key not in document for key in keys):
+    if not isinstance(document, dict) or any(key not in document for key in ("subjects", "machine", "checkpoint")):
         raise ComparisonError(f"{path}: not a benchmark's results; give a file that 'foldgroup bench --json' wrote")
+    if any(key not in document for key in _SETTINGS):
+        raise ComparisonError(f"{path}: written by an older foldgroup, which did not note all settings; measure again")
     return document
 
 
@@ -64,6 +66,7 @@ def compare(now: Mapping[str, Any], before: Mapping[str, Any]) -> tuple[Change, 
     if not shared:
         raise ComparisonError("the two benchmarks have no subject in common: run both with the same --target")
     different = list(_differences("", now, before, _SETTINGS))
+    different += _differences("checkpoint's ", now["checkpoint"], before["checkpoint"], _NETWORK)
     different += _differences("machine's ", now["machine"], before["machine"], _MACHINE)
     for name in shared:
         runtimes = ours[name].get("runtime", {}), theirs[name].get("runtime", {})

@@ -9,7 +9,7 @@ from typing import Any
 
 from foldgroup.bundle import file_entry
 from foldgroup.emit.engine import BATCH_RANGE, Engine
-from foldgroup.errors import EmitError, TargetError
+from foldgroup.errors import EmitError
 from foldgroup.lowering import Lowered
 from foldgroup.targets import Variant
 
@@ -60,8 +60,6 @@ def _tensorrt(variant: Variant, lowered: Lowered, settings: EngineSettings, on_s
     from foldgroup.emit.tensorrt import build_engine
 
     rtx = variant.target.module == "tensorrt_rtx"
-    if settings.compatibility is not None and rtx:
-        raise TargetError("--compatibility is TensorRT's; TensorRT-RTX takes the GPUs themselves: --gpu sm80,sm89")
     return build_engine(
         lowered.model,
         module=variant.target.module,
@@ -70,7 +68,7 @@ def _tensorrt(variant: Variant, lowered: Lowered, settings: EngineSettings, on_s
         timing_cache=settings.timing_cache,
         optimization_level=settings.optimization_level,
         workspace_mib=settings.workspace_mib,
-        compatibility=settings.compatibility,
+        compatibility=None if rtx else settings.compatibility,
         on_progress=lambda phase, step, steps: on_step(f"{variant}, {phase} {step} of {steps}"),
         on_step=on_step,
     )

@@ -101,11 +101,12 @@ class ErrorStatistics:
 
 @dataclass(frozen=True)
 class TierResult:
-    """One check of tier 3; truthy if it passed. ``images`` names what it ran on, ``runtime`` and ``precision`` how."""
+    """One check of tier 3; truthy if it passed. ``name`` says what ran, ``precision`` whose limits these are."""
 
     name: str
     statistics: ErrorStatistics
     limits: Limits
+    precision: str = "fp32"
 
     @property
     def violations(self) -> tuple[str, ...]:

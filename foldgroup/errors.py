@@ -57,8 +57,8 @@ class ComparisonError(FoldgroupError):
     """Two benchmarks that cannot be compared."""
 
 
-class HardwareError(RunnerError):
-    """A runtime that needs a device, a driver or instructions that this machine has not."""
+class UnavailableError(RunnerError):
+    """A runtime that is not installed, or that needs a device, a driver or instructions that this machine has not."""
 
 
 class ImageError(FoldgroupError):

@@ -61,12 +61,13 @@ class Golden:
         """Read them from a bundle.
 
         Raises:
-            BundleError: if the file is missing or damaged.
+            BundleError: if the file is missing or holds something else.
+            EquivalenceError: if it is not the one that was written.
         """
         from safetensors.torch import load
 
         try:
-            tensors = load(bundle.read(GOLDEN))
+            tensors = load(bundle.checked(GOLDEN, {GOLDEN: bundle.verification["golden"]}))
             return cls(tensors["input"], tensors["logits"], tensors.get("images"), tensors.get("image_logits"))
         except FoldgroupError:
             raise

@@ -46,14 +46,17 @@ def triton(
     """
     left_out: dict[str, str] = {}
     served: dict[Variant, dict[str, bytes]] = {}
-    for variant, model in models.items():
-        own = f"{name}_{variant.target.name}_{variant.precision}" if len(models) > 1 else name
+
+    def serve(variant: Variant, own: str) -> dict[str, bytes]:
+        return triton_repository(own, variant, models[variant], engines.get(variant), classes=classes, batch=batch)
+
+    for variant in models:
         try:
-            repository = triton_repository(own, variant, model, engines.get(variant), classes=classes, batch=batch)
+            served[variant] = serve(variant, f"{name}_{variant.target.name}_{variant.precision}")
         except EmitError as error:
             left_out[str(variant)] = str(error)
-        else:
-            served[variant] = repository
     if not served:
         raise EmitError(f"Triton can serve none of these: {'; '.join(left_out.values())}")
+    if len(served) == 1:
+        served = {variant: serve(variant, name) for variant in served}
     return Repository({f"{TRITON}/{path}": data for own in served.values() for path, data in own.items()}, left_out)

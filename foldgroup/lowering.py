@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +25,9 @@ from foldgroup.emit.quantize import Calibration, Quantizer
 from foldgroup.emit.sensitivity import most_sensitive
 from foldgroup.errors import EquivalenceError, TargetError
 from foldgroup.folding import Folded
+from foldgroup.measure import layer_costs
+from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.trace import called_module
 
 INT8_WIDTH = 4
 """TensorRT's int8 convolutions want group widths that are multiples of this."""
@@ -50,7 +54,7 @@ class Lowered:
     keep_float: tuple[str, ...] = ()
     """The layers that stay in float32."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """For the manifest: the layers kept in float, packed groups, the calibration."""
+    """For the manifest: multiply-adds of one image, the layers kept in float, packed groups, the calibration."""
 
 
 def packed_for(precision: str, folded: Folded) -> Folded:
@@ -76,12 +80,13 @@ def lower(
     folded: Folded,
     precision: str,
     *,
+    packed: Folded | None = None,
     batch: int | None = None,
     keep_float: Sequence[str] = (),
     calibration: CalibrationData | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Lowered:
-    """The network in ``precision``, with a dynamic batch or a fixed one.
+    """The network in ``precision``, with a dynamic batch or a fixed one; ``packed`` is :func:`packed_for` it, if known.
 
     ``keep_float`` are names or wildcards of layers to keep in float32; ``auto`` adds the few that int8 hurts most,
     measured on the calibration images.
@@ -95,9 +100,14 @@ def lower(
     shape = (batch or 1, *folded.input_shape[1:])
     fixed = batch is not None
     before = folded.folded
-    folded = packed_for(precision, folded)
+    folded = packed or packed_for(precision, folded)
     kept = layers_named(folded.folded, [pattern for pattern in keep_float if pattern != AUTO])
-    facts: dict[str, Any] = {}
+    learned = {str(n.target) for n in folded.training.graph.nodes if is_learned(folded.training, n)}
+    costs = layer_costs(folded.folded)
+    facts: dict[str, Any] = {
+        "macs": sum(cost.macs for cost in costs),
+        "learned_macs": sum(cost.macs for cost in costs if cost.name in learned),
+    }
     if folded.folded is not before:
         facts["packed"] = _packed(before, folded.folded)
 
@@ -107,10 +117,18 @@ def lower(
         exact = export_onnx(graph, shape, fixed_batch=fixed)
         quantizer = Quantizer(exact, calibration.images, method=calibration.method, batch=batch)
         on_step("calibration")
-        facts["calibration"] = {"images": len(calibration.images), "method": calibration.method}
+        facts["calibration"] = {
+            "images": len(calibration.images),
+            "sha256": hashlib.sha256(calibration.images.tobytes()).hexdigest(),
+            "method": calibration.method,
+            "quantizer": quantizer.version,
+        }
         if AUTO in keep_float:
             layers = [name for name in quantizer.layers if name not in kept]
-            kept += most_sensitive(layers, quantizer.quantize, exact, calibration.images, on_step)
+            held = kept
+            kept += most_sensitive(
+                layers, lambda others: quantizer.quantize((*held, *others)), exact, calibration.images, on_step
+            )
         model = quantizer.quantize(kept)
     else:
         kept = () if precision == "fp32" else kept
@@ -120,6 +138,11 @@ def lower(
         facts["keep_float"] = list(kept)
     on_step(f"ONNX {precision}")
     return Lowered(precision, graph, model, kept, facts)
+
+
+def is_learned(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether ``node`` of a training form calls a layer whose groups were learned."""
+    return isinstance(called_module(graph, node), DGConv2d)
 
 
 def _packed(before: fx.GraphModule, after: fx.GraphModule) -> dict[str, int]:

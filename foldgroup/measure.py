@@ -287,6 +287,7 @@ def machine() -> dict[str, str | int | float | list[str] | None]:
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "isa": isa,
         "clock": _clock(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_gib": _memory_gib(),
         # A kernel's local suffix may carry the name of its builder or of the machine.
         "os": f"{platform.system()} {platform.release().partition('-')[0]}",

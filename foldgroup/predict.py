@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from foldgroup.bundle import Bundle, read_bundle
 from foldgroup.checkpoint import Preprocessing
-from foldgroup.errors import BundleError, RunnerError
+from foldgroup.errors import BundleError, EquivalenceError, RunnerError
 from foldgroup.images import BATCH, read_batch
 from foldgroup.run.base import Runner, run_all
 from foldgroup.targets import Variant, find_target, make_runner, parse_variants
@@ -32,11 +32,13 @@ class Prediction:
     path: Path
     entries: tuple[tuple[str, float], ...]
     """Class name, or number where the names are unknown, and probability from 0 to 1."""
+    runs_on: str
+    """The runtime and precision that really ran."""
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
         classes = [{"class": name, "probability": probability} for name, probability in self.entries]
-        return {"image": str(self.path), "classes": classes}
+        return {"image": str(self.path), "runs_on": self.runs_on, "classes": classes}
 
 
 def predict_with(
@@ -65,6 +67,7 @@ def predict(runner: Runner, bundle: Bundle, images: Sequence[Path], top: int = 5
         BundleError: if the network takes no RGB images.
         ImageError: naming the first image that cannot be read.
         RunnerError: if the network does not run.
+        EquivalenceError: if it gives no numbers.
     """
     settings = dict(bundle.preprocessing)
     names = settings.pop("classes")
@@ -72,14 +75,18 @@ def predict(runner: Runner, bundle: Bundle, images: Sequence[Path], top: int = 5
     channels, *_ = bundle.input_shape
     if channels != 3:
         raise BundleError(f"{bundle.path}: images have 3 channels, the network takes {channels}")
+    runs_on = "{runtime} {precision} ({provider})".format(**runner.describe())
     predictions = []
     for start in range(0, len(images), BATCH):
         paths = images[start : start + BATCH]
-        probabilities = _softmax(run_all(runner, read_batch(paths, preprocessing)))
+        logits = run_all(runner, read_batch(paths, preprocessing))
+        if not np.isfinite(logits).all():
+            raise EquivalenceError(f"{bundle.path}: {runs_on} gives infinite logits; run 'foldgroup verify' on it")
+        probabilities = _softmax(logits)
         ranked = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
         for path, order, shares in zip(paths, ranked, probabilities, strict=True):
             entries = tuple((names[i] if names else str(i), float(shares[i])) for i in order)
-            predictions.append(Prediction(path, entries))
+            predictions.append(Prediction(path, entries, runs_on))
     return predictions
 
 

@@ -91,19 +91,23 @@ def parse_precisions(names: Iterable[str]) -> tuple[str, ...]:
     return chosen
 
 
-def choose(names: Sequence[str], precisions: Sequence[str], *, engines: bool = True) -> tuple[Variant, ...]:
+def choose(
+    names: Sequence[str], precisions: Sequence[str], *, engines: bool = True, rtx: bool = False
+) -> tuple[Variant, ...]:
     """What a network is to be compiled for: every target named, in every precision that it takes, in that order.
 
     A name is a target's, or TARGET:PRECISION for that one alone. No precision means fp32. Without names it is ONNX
-    Runtime, and TensorRT-RTX where it is installed, as far as they take the precisions. ``engines`` False leaves out
-    targets that take one.
+    Runtime, and TensorRT-RTX where it is installed or with ``rtx``, as far as they take the precisions. ``engines``
+    False leaves out targets that take one.
 
     Raises:
         TargetError: if a name is unknown, or if a target or a precision is left without a partner.
     """
     asked = parse_precisions(precisions) if precisions else ()
     if not names:
-        usual = [TARGETS["onnxruntime"]] + [TARGETS["tensorrt-rtx"]] * (missing(TARGETS["tensorrt-rtx"]) is None)
+        usual = [TARGETS["onnxruntime"]]
+        if engines and (rtx or missing(TARGETS["tensorrt-rtx"]) is None):
+            usual.append(TARGETS["tensorrt-rtx"])
         names = [t.name for t in usual if set(t.precisions) & set(asked or ("fp32",))] or ["onnxruntime"]
     chosen: list[Variant] = []
     for name in names:
@@ -111,6 +115,8 @@ def choose(names: Sequence[str], precisions: Sequence[str], *, engines: bool = T
         target = find_target(target_name)
         if engines or target.takes == "onnx":
             chosen += _variants_of(target, parse_precisions([own]) if own else asked or ("fp32",))
+    if not chosen:
+        raise TargetError(f"--no-engine leaves nothing of {', '.join(names)}: add a target that reads ONNX files")
     for precision in asked:
         if not any(variant.precision == precision for variant in chosen):
             able = ", ".join(t.name for t in TARGETS.values() if precision in t.precisions)
@@ -191,6 +197,8 @@ def _aotinductor(device: str) -> Callable[[bytes, str, int | None, int], Runner]
     def make(content: bytes, precision: str, threads: int | None, streams: int) -> Runner:
         from foldgroup.run.aot import AotInductorRunner
 
+        if streams > 1:
+            raise RunnerError("an AOTInductor package runs one call at a time: use more threads or a larger batch")
         return AotInductorRunner(content, device=device, threads=threads)
 
     return make

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy.typing as npt
+import torch
 
 from foldgroup.emit.onnx import intermediate_outputs
 from foldgroup.emit.precision import DTYPES
@@ -14,11 +19,14 @@ from foldgroup.equivalence import (
     rounded_layer_errors,
     runtime_layer_errors,
 )
-from foldgroup.errors import HardwareError
+from foldgroup.errors import EquivalenceError, UnavailableError
 from foldgroup.folding import Folded
 from foldgroup.golden import Golden
 from foldgroup.run.base import Runner, run_all
 from foldgroup.targets import Variant, find_target, make_runner, missing
+from foldgroup.trace import evaluate_rounded
+
+Array = npt.NDArray[Any]
 
 
 @dataclass
@@ -30,6 +38,12 @@ class Tiers:
     """What really ran: the runners' own descriptions."""
     not_run: dict[str, str] = field(default_factory=dict)
 
+    def add(self, other: Tiers) -> None:
+        """Take up what ``other`` found."""
+        self.results |= other.results
+        self.runtimes |= other.runtimes
+        self.not_run |= other.not_run
+
 
 def run_tier(variant: Variant, runner: Runner, golden: Golden) -> TierResult:
     """Run the golden inputs that suit the precision, and compare with the training form's float64 logits.
@@ -39,15 +53,27 @@ def run_tier(variant: Variant, runner: Runner, golden: Golden) -> TierResult:
         EquivalenceError: if the outputs are of another shape or not finite.
     """
     inputs, reference = golden.suited_to(variant.precision)
-    outputs = run_all(runner, inputs.numpy())
-    return TierResult(str(variant), ErrorStatistics.of(outputs, reference.numpy()), LIMITS[variant.precision])
+    return tier_of(str(variant), variant.precision, run_all(runner, inputs.numpy()), reference.numpy())
+
+
+def tier_of(name: str, precision: str, outputs: Array, reference: Array) -> TierResult:
+    """Outputs [N, classes] against float64 ones, by the limits of ``precision``.
+
+    Raises:
+        EquivalenceError: if the outputs are of another shape or not finite; the message begins with ``name``.
+    """
+    try:
+        return TierResult(name, ErrorStatistics.of(outputs, reference), LIMITS[precision], precision)
+    except EquivalenceError as error:
+        raise EquivalenceError(f"{name}: {error}; keep layers in float with --keep-float, or use bf16") from error
 
 
 def run_tiers(contents: Mapping[Variant, bytes], golden: Golden) -> Tiers:
-    """Run every variant on the bytes of its ONNX file or engine. What this machine has no hardware for is noted.
+    """Run every variant on the bytes of its ONNX file or engine. What cannot be had on this machine is noted.
 
     Raises:
-        RunnerError: if a runtime is missing or refuses its network.
+        RunnerError: if a runtime refuses its network.
+        EquivalenceError: as :func:`run_tier`.
     """
     tiers = Tiers()
     for variant, content in contents.items():
@@ -55,29 +81,65 @@ def run_tiers(contents: Mapping[Variant, bytes], golden: Golden) -> Tiers:
             with make_runner(variant, content) as runner:
                 tiers.results[str(variant)] = run_tier(variant, runner, golden)
                 tiers.runtimes[str(variant)] = runner.describe()
-        except HardwareError as error:
+        except UnavailableError as error:
             tiers.not_run[str(variant)] = str(error)
     return tiers
 
 
-def run_stand_ins(models: Mapping[str, bytes], golden: Golden) -> Tiers:
-    """Run ONNX files, by precision, under ONNX Runtime as far as it takes them: for engines that cannot run here."""
-    onnxruntime = find_target("onnxruntime")
-    if missing(onnxruntime) is not None:
-        return Tiers()
-    variants = {Variant(onnxruntime, p): model for p, model in models.items() if p in onnxruntime.precisions}
-    return run_tiers(variants, golden)
+def stand_in(precision: str) -> Variant | None:
+    """Where an ONNX file can be judged on this machine, for engines that cannot run here; None if nowhere."""
+    for target in (find_target("onnxruntime"), find_target("openvino")):
+        if precision in target.precisions and missing(target) is None:
+            return Variant(target, precision)
+    return None
 
 
-def precision_layer_errors(
-    precision: str, folded: Folded, model: bytes, keep_float: tuple[str, ...], golden: Golden
+def rounded_tier(
+    precision: str, folded: Folded, keep_float: Sequence[str], golden: Golden, errors: Mapping[str, float]
+) -> TierResult:
+    """fp16 or bf16 as a 16-bit device computes it, whatever runs here: ONNX Runtime's CPU kernels widen float16.
+
+    ``errors`` are those of the layers.
+
+    Raises:
+        EquivalenceError: if a layer overflows, naming the first.
+    """
+    overflows = next((name for name, error in errors.items() if math.isinf(error)), None)
+    if overflows is not None:
+        raise EquivalenceError(
+            f"{overflows} overflows in {precision}: keep it in float with --keep-float {overflows}, or use bf16"
+        )
+    inputs, reference = golden.suited_to(precision)
+    last = folded.folded.graph.output_node().all_input_nodes[0].name
+    outputs = evaluate_rounded(folded.folded, inputs, DTYPES[precision], keep_float)[last]
+    return tier_of(f"rounded {precision}", precision, outputs.numpy(), reference.numpy())
+
+
+def layer_errors(
+    precision: str,
+    folded: Folded,
+    model: bytes,
+    keep_float: Sequence[str],
+    golden: Golden,
+    *,
+    batch: int | None = None,
+    openvino: bool = False,
 ) -> dict[str, float]:
     """What ``precision`` costs at every layer, relative to the layer's largest value in float64.
 
-    fp32 and int8 are taken from the ONNX file under ONNX Runtime. fp16 and bf16 are rounded as a GPU does it, because
-    ONNX Runtime computes them in float32 on the CPU, if at all.
+    fp32 and int8 are taken from the ONNX file under ONNX Runtime, or every precision under OpenVINO. fp16 and bf16 are
+    else rounded as a GPU does it. ``batch`` is that of a model whose batch is fixed.
+
+    Raises:
+        RunnerError: if the runtime refuses the network.
     """
     inputs, _ = golden.suited_to(precision)
+    if batch is not None:
+        inputs = inputs[torch.arange(batch) % len(inputs)]
+    if openvino:
+        from foldgroup.run.ov import intermediate
+
+        return runtime_layer_errors(folded.folded, intermediate(model, inputs.numpy(), precision=precision), inputs)
     if precision in ("fp16", "bf16"):
         return rounded_layer_errors(folded.folded, DTYPES[precision], keep_float, inputs)
     return runtime_layer_errors(folded.folded, intermediate_outputs(model, inputs.numpy()), inputs)

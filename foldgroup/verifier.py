@@ -8,7 +8,7 @@ agreement with the training form in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from foldgroup.baked import baked_tier
 from foldgroup.bundle import IMAGE_MODEL, Bundle, read_bundle
@@ -24,22 +23,20 @@ from foldgroup.checkpoint import load_checkpoint
 from foldgroup.emit.onnx import stored_weights_match
 from foldgroup.equivalence import (
     FLOAT64_LIMIT,
-    LIMITS,
-    ErrorStatistics,
     TierResult,
     first_layer_over,
     float64_error,
     worst_layer,
 )
-from foldgroup.errors import EquivalenceError, RunnerError
+from foldgroup.errors import EquivalenceError, RunnerError, UnavailableError
 from foldgroup.folding import Folded, fold
 from foldgroup.golden import Golden
 from foldgroup.images import labelled_batches, sample
 from foldgroup.lowering import packed_for
 from foldgroup.run import Runner
 from foldgroup.run.base import run_all
-from foldgroup.targets import Variant, find_target, make_runner, parse_variants
-from foldgroup.tiers import precision_layer_errors, run_tier
+from foldgroup.targets import Variant, make_runner, parse_variants
+from foldgroup.tiers import layer_errors, rounded_tier, run_tier, stand_in, tier_of
 from foldgroup.trace import evaluate
 
 Array = npt.NDArray[Any]
@@ -107,8 +104,8 @@ def verify(
     """Check ``bundle``, against ``checkpoint`` if given, on the labelled images in the folder ``data`` if given.
 
     ``target`` are names such as ``openvino`` or ``openvino:int8``; by default every target and precision that the
-    bundle was compiled for, of which those that cannot run here are reported, and ONNX Runtime if none can. The
-    checkpoint is read with the options it was compiled with (recorded in the bundle).
+    bundle was compiled for. What cannot run here is reported, and a precision left without a target is judged by its
+    ONNX file. The checkpoint is read with the options it was compiled with (recorded in the bundle).
 
     Raises:
         FoldgroupError: if the bundle, the checkpoint or the data cannot be read, or a target asked for cannot run; a
@@ -130,16 +127,17 @@ def verify(
         finding = f"max error {error:.1e} of the largest output, limit {FLOAT64_LIMIT:.0e}"
         result.checks.append(CheckResult("float64", error <= FLOAT64_LIMIT, finding))
         on_step("float64")
+    layers = _LayerErrors(opened, folded, golden)
+    if folded is not None:
+        _add_rounded(result, layers)
     with ExitStack() as stack:
         runners = _enter(stack, opened, wanted, result, must=bool(target))
         for variant, runner in runners.items():
             with _recorded(result, f"{variant}, golden inputs"):
-                _add(
-                    result, "golden inputs", run_tier(variant, runner, golden), _Layers(opened, variant, folded, golden)
-                )
+                _add(result, "golden inputs", run_tier(variant, runner, golden), variant, layers)
             on_step(str(variant))
         if data is not None:
-            _check_images(opened, runners, Path(data), folded, golden, result)
+            _check_images(opened, runners, Path(data), layers, result)
             on_step("images")
             if IMAGE_MODEL in opened.manifest["files"]:
                 _check_baked(opened, Path(data), result)
@@ -186,57 +184,83 @@ def _check_models(bundle: Bundle, folded: Folded, result: Verification) -> None:
     for precision, model in bundle.models.items():
         name = "ONNX weights" if precision == bundle.manifest["precision"] else f"ONNX weights {precision}"
         with _recorded(result, name):
-            count = stored_weights_match(bundle.read(model["file"]), packed_for(precision, folded).folded)
+            content = bundle.checked(model["file"], bundle.manifest["files"])
+            count = stored_weights_match(content, packed_for(precision, folded).folded)
             how = "within half a step of" if precision == "int8" else "bit-equal to"
             result.checks.append(CheckResult(name, True, f"{count} layers are {how} the folded network"))
 
 
 def _enter(
-    stack: ExitStack, bundle: Bundle, wanted: Iterable[Variant], result: Verification, *, must: bool
+    stack: ExitStack, bundle: Bundle, wanted: Sequence[Variant], result: Verification, *, must: bool
 ) -> dict[Variant, Runner]:
-    """Load every variant; what cannot be loaded here is recorded as not run, unless it must be."""
+    """Load every variant; what cannot be had here is recorded as not run, unless it must be.
+
+    A precision that is left without one is judged by its ONNX file, where this machine can.
+
+    Raises:
+        UnavailableError: if one must run and cannot.
+    """
     runners: dict[Variant, Runner] = {}
 
     def enter(variant: Variant) -> None:
-        with _recorded(result, str(variant)):
-            runners[variant] = stack.enter_context(make_runner(variant, bundle.content(variant)))
-
-    for variant in wanted:
         try:
-            enter(variant)
-        except RunnerError as error:  # here a missing runtime is no fault of the bundle's either
+            with _recorded(result, str(variant)):
+                runners[variant] = stack.enter_context(make_runner(variant, bundle.content(variant)))
+        except UnavailableError as error:
             if must:
                 raise
             result.checks.append(CheckResult(str(variant), None, str(error)))
-    if not runners:  # a bundle for GPUs alone: at least its ONNX file runs here
-        onnxruntime = find_target("onnxruntime")
-        for precision in bundle.models:
-            if precision in onnxruntime.precisions:
-                enter(Variant(onnxruntime, precision))
+        except RunnerError as error:
+            result.checks.append(CheckResult(str(variant), False, str(error)))
+
+    for variant in wanted:
+        enter(variant)
+    if not must:
+        left = [p for p in bundle.models if not any(variant.precision == p for variant in runners)]
+        for other in map(stand_in, left):
+            if other is not None and other not in wanted:
+                enter(other)
     return runners
 
 
-@dataclass(frozen=True)
-class _Layers:
-    """What it takes to say which layer is to blame."""
+@dataclass
+class _LayerErrors:
+    """Every layer's error in a precision, worked out once; empty without the checkpoint."""
 
     bundle: Bundle
-    variant: Variant
     folded: Folded | None
     golden: Golden
+    known: dict[object, Mapping[str, float]] = field(default_factory=dict)
 
-    def errors(self) -> Mapping[str, float]:
-        """Every layer's error in the variant's precision; empty without the checkpoint."""
+    def of(self, precision: str, *, openvino: bool = False) -> Mapping[str, float]:
         if self.folded is None:
             return {}
-        precision = self.variant.precision
-        model = self.bundle.models[precision]
-        content = self.bundle.read(model["file"])
-        kept = tuple(model.get("keep_float", ()))
-        return precision_layer_errors(precision, packed_for(precision, self.folded), content, kept, self.golden)
+        if (precision, openvino) not in self.known:
+            model = self.bundle.models[precision]
+            self.known[precision, openvino] = layer_errors(
+                precision,
+                packed_for(precision, self.folded),
+                self.bundle.read(model["file"]),
+                model.get("keep_float", ()),
+                self.golden,
+                batch=self.bundle.fixed_batch,
+                openvino=openvino,
+            )
+        return self.known[precision, openvino]
 
 
-def _add(result: Verification, what: str, tier: TierResult, layers: _Layers) -> None:
+def _add_rounded(result: Verification, layers: _LayerErrors) -> None:
+    """fp16 and bf16 as a 16-bit device computes them."""
+    assert layers.folded is not None
+    for precision, model in layers.bundle.models.items():
+        if precision in ("fp16", "bf16"):
+            with _recorded(result, f"rounded {precision}, golden inputs"):
+                kept, errors = model.get("keep_float", ()), layers.of(precision)
+                tier = rounded_tier(precision, layers.folded, kept, layers.golden, errors)
+                _add(result, "golden inputs", tier, None, layers)
+
+
+def _add(result: Verification, what: str, tier: TierResult, variant: Variant | None, layers: _LayerErrors) -> None:
     """Record a runtime's tier, with the layer that is off most or, if it failed, the first over the limit."""
     name = f"{tier.name}, {what}"
     result.tiers[name] = tier
@@ -247,24 +271,17 @@ def _add(result: Verification, what: str, tier: TierResult, layers: _Layers) -> 
     )
     if not tier:
         finding = "; ".join(tier.violations)
-        errors = layers.errors()
-        if errors:
-            first = first_layer_over(errors, LIMITS[layers.variant.precision].max_error)
-            finding += f"; first layer over: {first}"
-    elif layers.variant.precision != "fp32" and what == "golden inputs":
-        worst = worst_layer(layers.errors())
-        if worst is not None:
-            finding += f"; worst layer {worst[0]}, {worst[1]:.1e}"
+        errors = layers.of(tier.precision, openvino=variant is not None and variant.target.module == "openvino")
+        first = first_layer_over(errors, tier.limits.max_error)
+        finding += f"; first layer over: {first}" if first else ""
+    elif tier.precision != "fp32" and what == "golden inputs":
+        worst = worst_layer(layers.of(tier.precision))
+        finding += f"; worst layer {worst[0]}, {worst[1]:.1e}" if worst else ""
     result.checks.append(CheckResult(name, bool(tier), finding))
 
 
 def _check_images(
-    bundle: Bundle,
-    runners: Mapping[Variant, Runner],
-    data: Path,
-    folded: Folded | None,
-    golden: Golden,
-    result: Verification,
+    bundle: Bundle, runners: Mapping[Variant, Runner], data: Path, layers: _LayerErrors, result: Verification
 ) -> None:
     """Accuracy of every variant on labelled images and, with the checkpoint, its agreement with float64."""
     outputs: dict[Variant, list[Array]] = {variant: [] for variant in runners}
@@ -273,20 +290,20 @@ def _check_images(
         labels.append(numbers.numpy())
         for variant, runner in runners.items():
             outputs[variant].append(run_all(runner, images.numpy()))
-        if folded is not None:
-            references.append(evaluate(folded.training, images)["output"])
+        if layers.folded is not None:
+            references.append(evaluate(layers.folded.training, images)["output"].numpy())
     classes = np.concatenate(labels)
+    reference = np.concatenate(references) if references else None
     for variant, batches in outputs.items():
         logits = np.concatenate(batches)
-        accuracy = _accuracy(logits, classes)
-        result.accuracy[str(variant)] = accuracy
-        finding = f"top-1 {accuracy.top1:.2%}, top-5 {accuracy.top5:.2%} of {accuracy.images} images"
-        result.checks.append(CheckResult(f"{variant}, accuracy", True, finding))
-        if references:
-            reference = torch.cat(references).numpy()
-            statistics = ErrorStatistics.of(logits, reference)
-            tier = TierResult(str(variant), statistics, LIMITS[variant.precision])
-            _add(result, "images", tier, _Layers(bundle, variant, folded, golden))
+        with _recorded(result, f"{variant}, images"):
+            accuracy = _accuracy(str(variant), logits, classes)
+            result.accuracy[str(variant)] = accuracy
+            finding = f"top-1 {accuracy.top1:.2%}, top-5 {accuracy.top5:.2%} of {accuracy.images} images"
+            result.checks.append(CheckResult(f"{variant}, accuracy", True, finding))
+            if reference is not None:
+                tier = tier_of(str(variant), variant.precision, logits, reference)
+                _add(result, "images", tier, variant, layers)
 
 
 def _check_baked(bundle: Bundle, data: Path, result: Verification) -> None:
@@ -300,11 +317,13 @@ def _check_baked(bundle: Bundle, data: Path, result: Verification) -> None:
             seen = tier.statistics
             finding = f"max error {seen.max_error:.1e}, top-1 agreement {seen.top1_agreement:.2%} of {seen.images}"
             result.checks.append(CheckResult(name, bool(tier), "; ".join(tier.violations) or finding))
-    except RunnerError as error:
+    except RunnerError as error:  # bfloat16, for one
         result.checks.append(CheckResult(name, None, str(error)))
 
 
-def _accuracy(logits: Array, classes: Array) -> Accuracy:
+def _accuracy(name: str, logits: Array, classes: Array) -> Accuracy:
+    if not np.isfinite(logits).all():
+        raise EquivalenceError(f"{name}: {np.count_nonzero(~np.isfinite(logits))} outputs are infinite or not a number")
     ranked = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     hits = ranked == classes[:, None]
     return Accuracy(len(classes), float(hits[:, 0].mean()), float(hits.any(1).mean()))

@@ -22,6 +22,7 @@ from foldgroup.compiler import compile
 from foldgroup.emit import tensorrt
 from foldgroup.engines import EngineSettings
 from foldgroup.errors import BundleError, EmitError, EquivalenceError, FoldgroupError, RunnerError, TargetError
+from foldgroup.nn import BottleneckConfig, GroupableResNet, StageConfig
 from foldgroup.verifier import verify
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -67,7 +68,8 @@ def test_the_first_precision_is_that_of_the_model_and_the_others_have_names_of_t
 
 def test_int8_says_what_it_was_calibrated_on_and_what_it_packed(bundle: Bundle) -> None:
     int8 = bundle.models["int8"]
-    assert int8["calibration"] == {"images": 15, "method": "minmax"}
+    assert (int8["calibration"]["images"], int8["calibration"]["method"]) == (15, "minmax")
+    assert int8["calibration"]["quantizer"].startswith("onnxruntime ") and len(int8["calibration"]["sha256"]) == 64
     widths = {layer["name"]: layer["in_channels"] // layer["groups"] for layer in bundle.manifest["layers"]}
     narrow = [name for name, width in widths.items() if width % 4]
     assert set(int8.get("packed", {})) == set(narrow)
@@ -80,9 +82,11 @@ def test_every_variant_that_can_run_here_did_and_the_rest_say_why(bundle: Bundle
     assert expected <= set(tiers)
     assert all(tier["passed"] for tier in tiers.values())
     assert all("GPU" in reason or "cannot compute in" in reason for reason in not_run.values())
-    assert {str(v) for v in bundle.variants} == set(tiers) | set(not_run)
+    ran = {name for name in tiers if not name.startswith("rounded")}
+    assert set(tiers) - ran == {"rounded fp16", "rounded bf16"}
+    assert {str(v) for v in bundle.variants} == ran | set(not_run)
     runtimes = bundle.verification["runtimes"]
-    assert set(runtimes) == set(tiers)
+    assert set(runtimes) == ran
     assert runtimes["onnxruntime fp32"]["provider"] == "CPUExecutionProvider"
     assert runtimes["openvino int8"]["precision"] == "int8"
 
@@ -145,9 +149,70 @@ def test_an_engine_that_cannot_run_here_is_judged_by_its_onnx_file(tiny_checkpoi
     if not tensorrt.available() or torch.cuda.is_available():
         pytest.skip("there is a GPU, or no engine")
     bundle = compile(tiny_checkpoint, tmp_path / "b", target=["tensorrt-rtx"], precision=["fp16", "bf16"])
-    assert set(bundle.verification["tiers"]) == {"onnxruntime fp16"}
-    assert set(bundle.verification["not_run"]) == {"tensorrt-rtx fp16", "tensorrt-rtx bf16"}
+    judged = set(bundle.verification["tiers"])
+    assert judged >= {"rounded fp16", "rounded bf16", "onnxruntime fp16"}
+    assert set(bundle.verification["not_run"]) - {"openvino bf16"} == {"tensorrt-rtx fp16", "tensorrt-rtx bf16"}
     assert "onnxruntime fp16, golden inputs" in verify(bundle.path).tiers
+    assert "rounded bf16, golden inputs" in verify(bundle.path, tiny_checkpoint).tiers
+
+
+def test_a_precision_that_nothing_here_can_run_is_judged_all_the_same(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    if not tensorrt.available() or torch.cuda.is_available():
+        pytest.skip("there is a GPU, or no engine")
+    bundle = compile(tiny_checkpoint, tmp_path / "b", target=["onnxruntime:fp32", "tensorrt-rtx:fp16"])
+    assert {"onnxruntime fp32", "onnxruntime fp16", "rounded fp16"} == set(bundle.verification["tiers"])
+    assert "onnxruntime fp16, golden inputs" in verify(bundle.path).tiers
+
+
+def test_float16_that_overflows_on_a_gpu_is_found_where_the_processor_widens_it(tmp_path: Path) -> None:
+    network = tiny.tiny_network()
+    with torch.no_grad():
+        network.get_submodule("conv1").weight.mul_(5e4)
+        network.get_submodule("layer1.0.conv1").weight.div_(5e4)
+        network.get_submodule("layer1.0.downsample.0").weight.div_(5e4)
+        norm = network.get_submodule("bn1")
+        norm.running_var.fill_(1.0), norm.running_mean.zero_()
+    checkpoint = tmp_path / "loud.pt"
+    save_checkpoint(checkpoint, network, "bottleneck-1-2", Preprocessing.standard(tiny.SIZE), tiny.CLASSES, training={})
+    with pytest.raises(EquivalenceError, match=r"conv1 overflows in fp16: keep it in float with --keep-float conv1"):
+        compile(checkpoint, tmp_path / "b", precision="fp16", engine=False)
+    assert compile(checkpoint, tmp_path / "b", engine=False)
+
+
+def test_images_are_refused_for_a_network_that_takes_none(photos: Path, tmp_path: Path) -> None:
+    stages = (StageConfig(1, 8, 16),)
+    network = GroupableResNet(BottleneckConfig("cifar", stages, stem_channels=8, num_classes=5, in_channels=1))
+    checkpoint = tmp_path / "grey.pt"
+    save_checkpoint(checkpoint, network, "bottleneck-1", Preprocessing.standard(tiny.SIZE), (), training={})
+    for options in ({"calibrate": photos, "precision": "int8"}, {"bake_preprocessing": True}):
+        with pytest.raises(TargetError, match="takes 1: it goes without them"):
+            compile(checkpoint, tmp_path / "b", engine=False, **options)
+    assert verify(compile(checkpoint, tmp_path / "b", engine=False).path)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "golden.safetensors"])
+def test_a_damaged_file_fails_a_check_and_is_no_traceback(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, name: str
+) -> None:
+    copy = tmp_path / "damaged.foldgroup"
+    shutil.copytree(tiny_bundle, copy)
+    (copy / name).write_bytes((copy / name).read_bytes()[:100])
+    try:
+        assert not verify(copy, tiny_checkpoint)
+    except EquivalenceError as error:
+        assert name in str(error)
+
+
+def test_a_batch_that_a_target_does_not_take_is_noted_or_an_error(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = compile(tiny_checkpoint, tmp_path / "b", target=["onnxruntime", "aotinductor"], batch=(2, 4, 8))
+    report = benchmark(bundle.path, max_seconds=0)
+    assert [s.runs_on for s in report.subjects] == ["onnxruntime fp32", "onnxruntime fp32"]
+    assert "aotinductor fp32 takes batches of 2 to 8" in report.notes[0]
+    with pytest.raises(RunnerError, match="takes batches of 2 to 8: give another --batch"):
+        benchmark(bundle.path, target=["aotinductor"])
+    report = benchmark(bundle.path, ["resnet18"], target=["aotinductor"], batch=4, max_seconds=0)
+    assert [s.name for s in report.subjects] == [FOLDED, "resnet18"]  # no training form: it takes no ONNX file
+    assert verify(bundle.path, tiny_checkpoint)
 
 
 def test_an_engine_that_is_not_the_one_built_is_not_loaded(bundle: Bundle, tmp_path: Path) -> None:
@@ -231,6 +296,8 @@ def test_the_few_layers_that_hurt_most_can_be_found_by_measuring(
         ({"target": ["abacus"]}, TargetError, "no target 'abacus'"),
         ({"target": ["onnxruntime"], "precision": "bf16"}, TargetError, "onnxruntime does not run bf16"),
         ({"target": ["onnxruntime"], "gpu": ["sm80"]}, TargetError, "add --target tensorrt-rtx"),
+        ({"target": ["aotinductor"], "engine": False}, TargetError, "--no-engine leaves nothing of aotinductor"),
+        ({"precision": "bf16", "engine": False}, TargetError, "onnxruntime does not run bf16"),
         ({"keep_float": ["fc"]}, TargetError, "fp32 keeps everything"),
         ({"keep_float": ["auto"], "precision": "fp16", "engine": False}, TargetError, "add int8"),
         ({"keep_float": ["nowhere"], "precision": "fp16", "engine": False}, EmitError, "no convolution"),
@@ -269,10 +336,22 @@ def test_a_missing_runtime_says_what_to_install_and_the_rest_works(
         verify(bundle.path, target=[target])
 
 
-def test_a_fixed_batch_goes_through_every_precision(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
-    bundle = compile(tiny_checkpoint, tmp_path / "b", target=CPU, precision=["fp32", "int8"], calibrate=photos, batch=4)
-    assert bundle.manifest["input"]["shape"][0] == 4
+@pytest.mark.parametrize("batch", [1, 4, 9])
+def test_a_fixed_batch_goes_through_every_precision(
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path, batch: int
+) -> None:
+    bundle = compile(
+        tiny_checkpoint, tmp_path / "b", target=CPU, precision=["fp32", "int8"], calibrate=photos, batch=batch
+    )
+    assert bundle.manifest["input"]["shape"][0] == batch
     assert verify(bundle.path, tiny_checkpoint, data=photos).accuracy["openvino int8"].images == 15
+
+
+def test_gpus_are_for_the_precisions_that_the_engine_takes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    if not tensorrt.available():
+        pytest.skip("tensorrt-rtx has no wheel for this platform")
+    bundle = compile(tiny_checkpoint, tmp_path / "b", precision="bf16", gpu=["sm89"])
+    assert [str(v) for v in bundle.variants] == ["tensorrt-rtx bf16"]
 
 
 def test_a_range_of_batches_is_that_of_the_engine(tiny_checkpoint: Path, tmp_path: Path) -> None:

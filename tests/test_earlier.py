@@ -32,6 +32,8 @@ def test_every_shared_subject_is_compared(report: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "where, value, words",
     [
+        (("checkpoint", "sha256"), "0", "checkpoint's sha256"),
+        (("machine", "gpu"), "H200", "machine's gpu H200 then, None now"),
         (("threads",), 4, "threads 4 then, 1 now"),
         (("batch",), 8, "batch 8 then, 1 now"),
         (("streams",), 2, "streams 2 then, 1 now"),

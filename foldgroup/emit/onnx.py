@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 
-from foldgroup.errors import EmitError, EquivalenceError
+from foldgroup.errors import EmitError, EquivalenceError, RunnerError
 from foldgroup.trace import called_module, fork
 
 if TYPE_CHECKING:
@@ -99,7 +99,10 @@ def stored_weights_match(model: bytes, graph: fx.GraphModule) -> int:
     """
     import onnx
 
-    proto = onnx.load_from_string(model)
+    try:
+        proto = onnx.load_from_string(model)
+    except Exception as error:  # protobuf's own
+        raise EquivalenceError(f"the model is no ONNX file ({error})") from error
     stored = {node.name: node for node in proto.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")}
     constants = _Constants(proto)
     compared = 0
@@ -184,13 +187,20 @@ def with_all_outputs(model: bytes) -> tuple[bytes, list[str]]:
 
 
 def intermediate_outputs(model: bytes, inputs: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
-    """Every value that ONNX Runtime computes for ``inputs`` [N, C, H, W], by the name of its layer."""
+    """Every value that ONNX Runtime computes for ``inputs`` [N, C, H, W], by the name of its layer.
+
+    Raises:
+        RunnerError: if it refuses the network or the inputs.
+    """
     from foldgroup.run.base import import_runtime
 
     ort = import_runtime("onnxruntime", "onnxruntime")
     every, names = with_all_outputs(model)
-    session = ort.InferenceSession(every, providers=["CPUExecutionProvider"])
-    return dict(zip(names, session.run(names, {INPUT: inputs}), strict=True))
+    try:
+        session = ort.InferenceSession(every, providers=["CPUExecutionProvider"])
+        return dict(zip(names, session.run(names, {INPUT: inputs}), strict=True))
+    except Exception as error:  # ONNX Runtime's own classes have no common base
+        raise RunnerError(f"ONNX Runtime could not run {MODEL} layer by layer: {error}") from error
 
 
 def _name_after_layers(proto: ModelProto) -> None:

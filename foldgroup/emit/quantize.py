@@ -62,6 +62,7 @@ class Quantizer:
         if not len(images):
             raise EmitError("int8 needs images to calibrate on: name a folder of them with --calibrate")
         self.model = model
+        self.version = f"onnxruntime {import_runtime('onnxruntime', 'onnxruntime').__version__}"
         with _ours_alone_to_say("int8 calibration"):
             self.ranges = _ranges(model, images, method, batch)
 
@@ -85,8 +86,10 @@ class Quantizer:
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
         with _ours_alone_to_say("int8 quantisation"):
+            proto = onnx.load_from_string(self.model)
+            producer = proto.producer_name
             quantizer = QDQQuantizer(
-                onnx.load_from_string(self.model),
+                proto,
                 True,  # per channel
                 False,  # all eight bits
                 quantization.QuantType.QInt8,
@@ -100,7 +103,7 @@ class Quantizer:
             quantizer.quantize_model()
             quantizer.model.topological_sort()
             proto = quantizer.model.model
-            proto.producer_name = onnx.load_from_string(self.model).producer_name
+            proto.producer_name = producer
             onnx.checker.check_model(proto, full_check=True)
             content: bytes = proto.SerializeToString(deterministic=True)
             return content

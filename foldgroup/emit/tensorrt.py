@@ -30,9 +30,6 @@ from foldgroup.emit.ladder import next_rung
 from foldgroup.emit.onnx import INPUT
 from foldgroup.errors import EmitError
 
-PLAN = "model.rtx.plan"
-"""File name of the engine in a bundle."""
-
 RTX = "tensorrt_rtx"
 """The module that builds ahead of time; every other one is taken for TensorRT proper."""
 
@@ -109,7 +106,7 @@ def build_engine(
                 tried = f" (after {'; '.join(fallbacks)})" if fallbacks else ""
                 raise EmitError(
                     f"{module} {trt.__version__} cannot build the engine{tried}: {_first(refused.errors)}. "
-                    "Name other GPUs with --gpu, or leave the engine out with --no-engine"
+                    f"{'Name other GPUs with --gpu, or leave' if module == RTX else 'Leave'} it out with --no-engine"
                 ) from None
             model, step = rung
             fallbacks.append(step)
@@ -217,7 +214,7 @@ def _set_profile(builder: Any, network: Any, config: Any, batch: tuple[int, int,
 
 def _open_timing_cache(config: Any, path: Path) -> Any:
     """The timing cache stored at ``path``, or an empty one if it is another GPU's or version's."""
-    for content in (path.read_bytes(), b""):
+    for content in (path.read_bytes() if path.exists() else b"", b""):
         cache = config.create_timing_cache(content)
         if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
             return cache
@@ -227,8 +224,10 @@ def _open_timing_cache(config: Any, path: Path) -> Any:
 def _writable(path: Path) -> Path:
     """Make sure that the timing cache can be kept, before minutes of building."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
         path.open("ab").close()
+        if not existed:  # nothing is left behind by a build that fails
+            path.unlink()
     except OSError as error:
         raise EmitError(f"the timing cache {path} cannot be written: {error}") from error
     return path

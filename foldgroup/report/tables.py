@@ -118,8 +118,7 @@ def benchmark_table(report: BenchmarkReport) -> Group:
         latency = s.latency
         quantiles = (latency.median_ms, latency.p90_ms, latency.p99_ms)
         milliseconds = (f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}" for ms in quantiles)
-        runs_on = "{runtime} {precision}".format(**s.runtime)
-        times.add_row(s.name, runs_on, *milliseconds, f"{latency.cv:.1%}", f"{s.images_per_second:.1f}")
+        times.add_row(s.name, s.runs_on, *milliseconds, f"{latency.cv:.1%}", f"{s.images_per_second:.1f}")
         grouped = (count(s.grouped_macs), f"{s.grouped_share:.1%}")
         costs.add_row(s.name, count(s.macs), count(s.flops), *grouped, count(s.params), size(s.file_bytes))
     ratios = grid(["speed-up of", "over", "ratio", "interval", "it is"], left=(0, 1, 4))
@@ -177,7 +176,7 @@ def prediction_table(predictions: Sequence[Prediction]) -> Group:
         for name, probability in prediction.entries:
             table.add_row(Text(name), bar(CELLS * probability, CELLS), f"{probability:.1%}")
         parts += [heading(str(prediction.path)), table, ""]
-    return Group(*parts[:-1])
+    return Group(*parts, paragraph(f"Run on {predictions[0].runs_on}."))
 
 
 def compile_summary(bundle: Bundle) -> Group:
@@ -263,6 +262,8 @@ def verification_table(verification: Verification) -> Group:
         table.add_row(Text(check.name), words[check.passed], Text(check.finding))
     failed = sum(check.passed is False for check in verification.checks)
     verdict = f"{failed} of {len(verification.checks)} checks failed" if failed else "The bundle is the network it says"
+    if not failed and not verification.tiers:
+        verdict = "Nothing was run: its files are the ones that were compiled, and that is all that is known"
     return Group(table, "", paragraph(f"{verdict}."))
 
 

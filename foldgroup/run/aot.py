@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from foldgroup.emit.aotinductor import METADATA, quiet, read_metadata
-from foldgroup.errors import EmitError, HardwareError, RunnerError
+from foldgroup.errors import EmitError, RunnerError, UnavailableError
 from foldgroup.run.base import Runner, check_count
 from foldgroup.run.pytorch import torch_threads
 
@@ -52,7 +52,7 @@ class AotInductorRunner(Runner):
 
     def _load(self) -> None:
         if self._device == "cuda" and not torch.cuda.is_available():
-            raise HardwareError("device cuda is an NVIDIA GPU with its driver: PyTorch finds none here")
+            raise UnavailableError("device cuda is an NVIDIA GPU with its driver: PyTorch finds none here")
         metadata = self._checked_metadata()
         try:
             self._model = self._loaded()
@@ -116,12 +116,12 @@ class AotInductorRunner(Runner):
         kind = (metadata.get("AOTI_PLATFORM", ""), metadata.get("AOTI_MACHINE", ""))
         here = (sys.platform, platform.machine())
         if kind != here:
-            raise HardwareError(
+            raise UnavailableError(
                 f"{self._what()} was built for {' '.join(kind)}, and this is {' '.join(here)}: build one here"
             )
         lacking = _lacking(metadata.get("AOTI_CPU_ISA", ""))
         if lacking:
-            raise HardwareError(
+            raise UnavailableError(
                 f"{self._what()} needs a processor with {', '.join(lacking)}, which this one has not: build one here"
             )
         return metadata

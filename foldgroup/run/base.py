@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from foldgroup.errors import RunnerError
+from foldgroup.errors import RunnerError, UnavailableError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -141,9 +141,9 @@ def import_runtime(module: str, package: str) -> Any:
     """Import a runtime at the moment it is needed.
 
     Raises:
-        RunnerError: if it cannot be imported; the message has the command that installs ``package``.
+        UnavailableError: if it cannot be imported; the message has the command that installs ``package``.
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise RunnerError(f"cannot import {module} ({error}): run 'pip install {package}'") from error
+    except (ImportError, OSError) as error:
+        raise UnavailableError(f"cannot import {module} ({error}): run 'pip install {package}'") from error

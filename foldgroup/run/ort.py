@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from foldgroup.errors import HardwareError, RunnerError
+from foldgroup.errors import RunnerError, UnavailableError
 from foldgroup.run.base import Runner, check_count, fits, fixed_batch, import_runtime
 
 _LOG_FATAL = 4
@@ -95,7 +95,7 @@ class OnnxRuntimeRunner(Runner):
         available = ort.get_available_providers()
         missing = [name for name in self._providers if name not in available]
         if missing:
-            raise HardwareError(
+            raise UnavailableError(
                 f"this build of ONNX Runtime has no {' or '.join(missing)}, only {', '.join(available)}: "
                 "install the build that has it, or ask for one of these"
             )
@@ -117,13 +117,14 @@ class OnnxRuntimeRunner(Runner):
                     f"ONNX Runtime's CPU kernels know no bfloat16, which {self._what()} holds: run it with OpenVINO, "
                     "AOTInductor, TensorRT or ONNX Runtime on CUDA, or give a file in fp32 or int8"
                 ) from error
-            reason = _missing_library(ort, asked) or error
-            kind = HardwareError if asked in _NEEDS else RunnerError
-            raise kind(f"ONNX Runtime refused {self._what()} on {asked}: {reason}{_need(asked)}") from error
+            lacking = _missing_library(ort, asked)
+            if lacking:
+                raise UnavailableError(f"ONNX Runtime cannot load {asked}: {lacking}{_need(asked)}") from error
+            raise RunnerError(f"ONNX Runtime refused {self._what()} on {asked}: {error}{_need(asked)}") from error
         running = session.get_providers()[0]
         if running != asked:
             reason = _missing_library(ort, asked) or "it does not say why"
-            raise HardwareError(
+            raise UnavailableError(
                 f"ONNX Runtime would run {self._what()} on {running} in place of {asked}: {reason}{_need(asked)}"
             )
         if len(session.get_inputs()) != 1 or len(session.get_outputs()) != 1:

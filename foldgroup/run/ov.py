@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from foldgroup.errors import HardwareError, RunnerError
+from foldgroup.errors import RunnerError, UnavailableError
 from foldgroup.run.base import Runner, check_count, fits, fixed_batch, import_runtime
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
@@ -180,7 +180,7 @@ def _core(device: str) -> Any:
     """OpenVINO, with ``device`` among those it finds."""
     core = import_runtime("openvino", "openvino").Core()
     if not any(device in (found, found.partition(".")[0]) for found in core.available_devices):
-        raise HardwareError(
+        raise UnavailableError(
             f"OpenVINO finds no device {device} on this machine, only {', '.join(core.available_devices)}: "
             "install its driver, or ask for one of these"
         )
@@ -193,7 +193,7 @@ def _compile(core: Any, model: bytes | Path, device: str, precision: str, settin
     can = [ours for theirs, ours in _CAPABILITIES.items() if theirs in offered]
     if precision not in can:
         kind = core.get_property(device, "FULL_DEVICE_NAME")
-        raise HardwareError(
+        raise UnavailableError(
             f"{device} ({kind}) cannot compute in {precision}, only in {', '.join(can)}: choose one of these"
         )
     try:

@@ -6,7 +6,6 @@ runtime is never told to run host code from a plan.
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from foldgroup.emit.tensorrt import RTX, error_log
-from foldgroup.errors import HardwareError, RunnerError
-from foldgroup.run.base import Runner
+from foldgroup.errors import RunnerError, UnavailableError
+from foldgroup.run.base import Runner, import_runtime
 
 _GPU = "an NVIDIA GPU with its driver"
 
@@ -81,21 +80,17 @@ class TensorRtRunner(Runner):
         return self._session
 
     def _load(self) -> None:
-        try:
-            trt = importlib.import_module(self._module)
-        except (ImportError, OSError) as error:
-            package = self._module.replace("_", "-")
-            raise RunnerError(f"cannot import {self._module} ({error}): run 'pip install {package}'") from error
+        trt = import_runtime(self._module, self._module.replace("_", "-"))
         if not torch.cuda.is_available():
-            raise HardwareError(f"{self._module} needs {_GPU} to run an engine: PyTorch finds none here")
+            raise UnavailableError(f"{self._module} needs {_GPU} to run an engine: PyTorch finds none here")
         log = error_log(trt)
         try:
             runtime = trt.Runtime(log)
         except TypeError as error:  # its factory returned nothing
-            raise HardwareError(f"{self._module} needs {_GPU} to run an engine: {_words(log)}") from error
+            raise UnavailableError(f"{self._module} needs {_GPU} to run an engine: {_words(log)}") from error
         engine = runtime.deserialize_cuda_engine(self._plan)
         if engine is None:
-            raise HardwareError(
+            raise UnavailableError(
                 f"{self._module} {trt.__version__} cannot load the engine: {_words(log)}. An engine runs under the "
                 f"version that built it, on the GPUs it was built for; this one is {torch.cuda.get_device_name()}"
             )
