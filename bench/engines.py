@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("network", nargs="*", default=[str(EXAMPLE), "g_resnext50", "g_resnext101"])
     parser.add_argument("--calibrate", type=Path, help="folder of images for int8; default: noise")
+    parser.add_argument("--batch", type=int, help="fixed; default: dynamic, 1 to 32")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results" / "engines.json")
     arguments = parser.parse_args()
     results = []
@@ -47,13 +48,13 @@ def main() -> None:
             if not checkpoint.is_file():
                 checkpoint = Path(folder, f"{network}.pt")
                 write_checkpoint(checkpoint, network)
-            results += engines_of(checkpoint, arguments.calibrate)
+            results += engines_of(checkpoint, arguments.calibrate, arguments.batch)
     document = {"engines": results, "compute_capabilities": GPUS, "machine": machine()}
     arguments.output.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def engines_of(path: Path, calibrate: Path | None) -> list[dict[str, Any]]:
-    """One engine in every precision, with static and dynamic batch."""
+def engines_of(path: Path, calibrate: Path | None, batch: int | None) -> list[dict[str, Any]]:
+    """One engine in every precision."""
     checkpoint = load_checkpoint(path)
     folded = fold(checkpoint)
     if calibrate is not None:
@@ -62,26 +63,24 @@ def engines_of(path: Path, calibrate: Path | None) -> list[dict[str, Any]]:
         images = seeded_inputs((BATCH, *folded.input_shape[1:])).numpy()
     results = []
     for precision in PRECISIONS:
-        for batch in (None, 1):
-            low = lower(folded, precision, batch=batch, calibration=CalibrationData(images))
-            variant = Variant(find_target("tensorrt-rtx"), precision)
-            start = time.perf_counter()
-            engine = build(variant, low, folded.input_shape, EngineSettings(gpu=GPUS), fixed_batch=batch is not None)
-            seconds = time.perf_counter() - start
-            results.append(
-                {
-                    "network": checkpoint.arch,
-                    "precision": precision,
-                    "batch": engine.facts["batch"] or batch,
-                    "seconds": round(seconds, 2),
-                    "plan_bytes": len(engine.content),
-                    "onnx_bytes": len(low.model),
-                    "fallbacks": engine.facts["fallbacks"],
-                    "builder": f"{engine.builder} {engine.version}",
-                }
-            )
-            size = "dynamic batch" if batch is None else f"batch {batch}"
-            print(f"{checkpoint.arch} {precision}, {size}: {seconds:.2f} s, {len(engine.content) / 1e6:.1f} MB")
+        low = lower(folded, precision, batch=batch, calibration=CalibrationData(images))
+        variant = Variant(find_target("tensorrt-rtx"), precision)
+        start = time.perf_counter()
+        engine = build(variant, low, folded.input_shape, EngineSettings(gpu=GPUS), fixed_batch=batch is not None)
+        seconds = time.perf_counter() - start
+        results.append(
+            {
+                "network": checkpoint.arch,
+                "precision": precision,
+                "batch": engine.facts["batch"] or batch,
+                "seconds": round(seconds, 2),
+                "plan_bytes": len(engine.content),
+                "onnx_bytes": len(low.model),
+                "fallbacks": engine.facts["fallbacks"],
+                "builder": f"{engine.builder} {engine.version}",
+            }
+        )
+        print(f"{checkpoint.arch} {precision}: {seconds:.2f} s, {len(engine.content) / 1e6:.1f} MB")
     return results
 
 
