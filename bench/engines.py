@@ -24,7 +24,7 @@ from foldgroup.engines import EngineSettings, build
 from foldgroup.equivalence import seeded_inputs
 from foldgroup.folding import fold
 from foldgroup.images import unlabelled
-from foldgroup.lowering import CalibrationData, lower
+from foldgroup.lowering import CalibrationData, form_for, lower
 from foldgroup.measure import machine
 from foldgroup.targets import PRECISIONS, Variant, find_target
 
@@ -63,7 +63,8 @@ def engines_of(path: Path, calibrate: Path | None, batch: int | None) -> list[di
         images = seeded_inputs((BATCH, *folded.input_shape[1:])).numpy()
     results = []
     for precision in PRECISIONS:
-        low = lower(folded, precision, batch=batch, calibration=CalibrationData(images))
+        form = form_for(precision, folded)
+        low = lower(form, precision, batch=batch, calibration=CalibrationData(images))
         variant = Variant(find_target("tensorrt-rtx"), precision)
         start = time.perf_counter()
         engine = build(variant, low, folded.input_shape, EngineSettings(gpu=GPUS), fixed_batch=batch is not None)

@@ -24,7 +24,7 @@ from foldgroup.folding import check_float64, fold
 from foldgroup.golden import Golden
 from foldgroup.handover import TRITON, Repository, served_name, triton
 from foldgroup.images import unlabelled
-from foldgroup.lowering import AUTO, CalibrationData, Lowered, lower, packed_for
+from foldgroup.lowering import AUTO, CalibrationData, Lowered, form_for, lower
 from foldgroup.manifest import manifest_of
 from foldgroup.measure import machine
 from foldgroup.pipeline import PassRecord, Pipeline
@@ -120,38 +120,40 @@ def compile(
     error = check_float64(source, folded, golden.inputs, golden.logits)
     clock("float64")
 
-    lowered: dict[str, Lowered] = {}
-    errors: dict[str, dict[str, float]] = {}
-    tiers = Tiers()
-    for name in precisions:
-        form = packed_for(name, folded)
-        low = lowered[name] = lower(
-            folded, name, packed=form, batch=fixed, keep_float=keep_float, calibration=data, on_step=clock
-        )
-        if name != "fp32":
-            errors[name] = layer_errors(name, form, low.model, low.keep_float, golden, batch=fixed)
-        if name in ("fp16", "bf16"):
-            tiers.results[f"rounded {name}"] = rounded_tier(name, folded, low.keep_float, golden, errors[name])
-        clock(f"errors in {name}")
+    first = precisions[0]
+    forms = {name: form_for(name, folded) for name in precisions}
+    manifest = manifest_of(checkpoint, replace(folded, folded=forms[first].graph), fixed, first)
     options: dict[str, Any] = {"arch": arch, "gate_order": gate_order, "zero_gates": zero_gates, "batch": batch}
     options |= {"input_size": folded.input_shape[2], "precision": precisions, "keep_float": keep_float}
     records = [_record(record) for record in folded.result.records]
     content = {
         files.PASSES: to_json({"options": options, "notes": checkpoint.notes, "passes": records}),
         files.PREPROCESSING: to_json({**asdict(preprocessing), "classes": list(checkpoint.classes)}),
-        **{_file(name, precisions, ".onnx"): low.model for name, low in lowered.items()},
-    }
-    if bake_preprocessing:
-        content[files.IMAGE_MODEL] = with_preprocessing(lowered[precisions[0]].model, preprocessing)
-        clock("preprocessing")
-    manifest = {
-        **manifest_of(checkpoint, packed_for(precisions[0], folded), fixed, precisions[0]),
-        "models": {name: {"file": _file(name, precisions, ".onnx"), **low.facts} for name, low in lowered.items()},
-        "targets": [{"target": variant.target.name, "precision": variant.precision} for variant in chosen],
-        "files": {name: file_entry(data) for name, data in content.items()},
     }
     classes, shape = checkpoint.classes, (fixed or 1, *folded.input_shape[1:])
     del checkpoint, folded  # the dense kernels: most of the memory, and no longer needed
+
+    lowered: dict[str, Lowered] = {}
+    errors: dict[str, dict[str, float]] = {}
+    tiers = Tiers()
+    for name, form in forms.items():
+        low = lower(form, name, batch=fixed, keep_float=keep_float, calibration=data, on_step=clock)
+        if name != "fp32":
+            errors[name] = layer_errors(name, form.graph, low.model, low.keep_float, golden, batch=fixed)
+        if name in ("fp16", "bf16"):
+            tiers.results[f"rounded {name}"] = rounded_tier(name, form.graph, low.keep_float, golden, errors[name])
+        clock(f"errors in {name}")
+        lowered[name] = low
+        content[_file(name, first, ".onnx")] = low.model
+    if bake_preprocessing:
+        content[files.IMAGE_MODEL] = with_preprocessing(lowered[first].model, preprocessing)
+        clock("preprocessing")
+    manifest |= {
+        "models": {name: {"file": _file(name, first, ".onnx"), **low.facts} for name, low in lowered.items()},
+        "targets": [{"target": variant.target.name, "precision": variant.precision} for variant in chosen],
+        "files": {name: file_entry(data) for name, data in content.items()},
+    }
+    del forms, form  # their weights are in float64
 
     models = {variant: lowered[variant.precision].model for variant in chosen}
     built: dict[Variant, Engine] = {}
@@ -177,7 +179,7 @@ def compile(
         repository = triton(served_name(output.name), models, engines, classes=classes, batch=settings.batch)
         clock("Triton repository")
 
-    names = {variant: _file(variant.precision, precisions, variant.target.suffix) for variant in built}
+    names = {variant: _file(variant.precision, first, variant.target.suffix) for variant in built}
     golden_file = golden.save()
     documents = {
         files.MANIFEST: manifest,
@@ -211,9 +213,9 @@ def compile(
     return result
 
 
-def _file(precision: str, precisions: Sequence[str], suffix: str) -> str:
+def _file(precision: str, first: str, suffix: str) -> str:
     """``model<suffix>`` in the first precision asked for, ``model.<precision><suffix>`` in another."""
-    return f"model{suffix}" if precision == precisions[0] else f"model.{precision}{suffix}"
+    return f"model{suffix}" if precision == first else f"model.{precision}{suffix}"
 
 
 def _worst(errors: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,17 @@ class Lowered:
     """For the manifest: multiply-adds of one image, the layers kept in float, packed groups, the calibration."""
 
 
-def packed_for(precision: str, folded: Folded) -> Folded:
+@dataclass(frozen=True)
+class Form:
+    """A folded graph as one precision needs it, without the dense kernels that it came from."""
+
+    graph: fx.GraphModule
+    input_shape: tuple[int, int, int, int]
+    facts: dict[str, Any]
+    """For the manifest: multiply-adds of one image, in all and in the learned layers, and packed groups."""
+
+
+def form_for(precision: str, folded: Folded) -> Form:
     """The folded network with groups as wide as ``precision`` needs them, certified again if that changed anything.
 
     Raises:
@@ -65,28 +75,33 @@ def packed_for(precision: str, folded: Folded) -> Folded:
     """
     from passes import PackGroups
 
-    if precision != "int8":
-        return folded
-    result = PackGroups(INT8_WIDTH).run(folded.folded)
-    if not result.rewrites:
-        return folded
-    certificate = certify(folded.training, result.graph)
-    if not certificate.holds:
-        raise EquivalenceError(f"packing groups for {precision}: {certificate.failure}")
-    return replace(folded, folded=result.graph, certificate=certificate)
+    graph, packed = folded.folded, {}
+    if precision == "int8":
+        graph = PackGroups(INT8_WIDTH).run(folded.folded).graph
+        packed = _packed(folded.folded, graph)
+        certificate = certify(folded.training, graph) if packed else folded.certificate
+        if not certificate.holds:
+            raise EquivalenceError(f"packing groups for {precision}: {certificate.failure}")
+    training = folded.training
+    learned = {str(n.target) for n in training.graph.nodes if isinstance(called_module(training, n), DGConv2d)}
+    costs = layer_costs(graph)
+    facts: dict[str, Any] = {
+        "macs": sum(cost.macs for cost in costs),
+        "learned_macs": sum(cost.macs for cost in costs if cost.name in learned),
+    }
+    return Form(graph, folded.input_shape, facts | ({"packed": packed} if packed else {}))
 
 
 def lower(
-    folded: Folded,
+    form: Form,
     precision: str,
     *,
-    packed: Folded | None = None,
     batch: int | None = None,
     keep_float: Sequence[str] = (),
     calibration: CalibrationData | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Lowered:
-    """The network in ``precision``, with a dynamic batch or a fixed one; ``packed`` is :func:`packed_for` it, if known.
+    """The network in ``precision``, with a dynamic batch or a fixed one.
 
     ``keep_float`` are names or wildcards of layers to keep in float32; ``auto`` adds the few that int8 hurts most,
     measured on the calibration images.
@@ -97,23 +112,13 @@ def lower(
     """
     if calibration is None and precision == "int8":
         raise TargetError("int8 needs real images to read ranges off: name a folder of them with --calibrate")
-    shape = (batch or 1, *folded.input_shape[1:])
+    shape = (batch or 1, *form.input_shape[1:])
     fixed = batch is not None
-    before = folded.folded
-    folded = packed or packed_for(precision, folded)
-    kept = layers_named(folded.folded, [pattern for pattern in keep_float if pattern != AUTO])
-    learned = {str(n.target) for n in folded.training.graph.nodes if is_learned(folded.training, n)}
-    costs = layer_costs(folded.folded)
-    facts: dict[str, Any] = {
-        "macs": sum(cost.macs for cost in costs),
-        "learned_macs": sum(cost.macs for cost in costs if cost.name in learned),
-    }
-    if folded.folded is not before:
-        facts["packed"] = _packed(before, folded.folded)
-
+    kept = layers_named(form.graph, [pattern for pattern in keep_float if pattern != AUTO])
+    facts = dict(form.facts)
     if precision == "int8":
         assert calibration is not None
-        graph = typed(folded.folded, torch.float32)
+        graph = typed(form.graph, torch.float32)
         exact = export_onnx(graph, shape, fixed_batch=fixed)
         quantizer = Quantizer(exact, calibration.images, method=calibration.method, batch=batch)
         on_step("calibration")
@@ -132,17 +137,12 @@ def lower(
         model = quantizer.quantize(kept)
     else:
         kept = () if precision == "fp32" else kept
-        graph = typed(folded.folded, DTYPES[precision], kept)
+        graph = typed(form.graph, DTYPES[precision], kept)
         model = export_onnx(graph, shape, fixed_batch=fixed)
     if kept:
         facts["keep_float"] = list(kept)
     on_step(f"ONNX {precision}")
     return Lowered(precision, graph, model, kept, facts)
-
-
-def is_learned(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether ``node`` of a training form calls a layer whose groups were learned."""
-    return isinstance(called_module(graph, node), DGConv2d)
 
 
 def _packed(before: fx.GraphModule, after: fx.GraphModule) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy.typing as npt
 import torch
+from torch import fx
 
 from foldgroup.emit.onnx import intermediate_outputs
 from foldgroup.emit.precision import DTYPES
@@ -20,7 +21,6 @@ from foldgroup.equivalence import (
     runtime_layer_errors,
 )
 from foldgroup.errors import EquivalenceError, UnavailableError
-from foldgroup.folding import Folded
 from foldgroup.golden import Golden
 from foldgroup.run.base import Runner, run_all
 from foldgroup.targets import Variant, find_target, make_runner, missing
@@ -95,7 +95,7 @@ def stand_in(precision: str) -> Variant | None:
 
 
 def rounded_tier(
-    precision: str, folded: Folded, keep_float: Sequence[str], golden: Golden, errors: Mapping[str, float]
+    precision: str, graph: fx.GraphModule, keep_float: Sequence[str], golden: Golden, errors: Mapping[str, float]
 ) -> TierResult:
     """fp16 or bf16 as a 16-bit device computes it, whatever runs here: ONNX Runtime's CPU kernels widen float16.
 
@@ -110,14 +110,14 @@ def rounded_tier(
             f"{overflows} overflows in {precision}: keep it in float with --keep-float {overflows}, or use bf16"
         )
     inputs, reference = golden.suited_to(precision)
-    last = folded.folded.graph.output_node().all_input_nodes[0].name
-    outputs = evaluate_rounded(folded.folded, inputs, DTYPES[precision], keep_float)[last]
+    last = graph.graph.output_node().all_input_nodes[0].name
+    outputs = evaluate_rounded(graph, inputs, DTYPES[precision], keep_float)[last]
     return tier_of(f"rounded {precision}", precision, outputs.numpy(), reference.numpy())
 
 
 def layer_errors(
     precision: str,
-    folded: Folded,
+    graph: fx.GraphModule,
     model: bytes,
     keep_float: Sequence[str],
     golden: Golden,
@@ -125,7 +125,7 @@ def layer_errors(
     batch: int | None = None,
     openvino: bool = False,
 ) -> dict[str, float]:
-    """What ``precision`` costs at every layer, relative to the layer's largest value in float64.
+    """What ``precision`` costs at every layer of ``graph``, relative to the layer's largest value in float64.
 
     fp32 and int8 are taken from the ONNX file under ONNX Runtime, or every precision under OpenVINO. fp16 and bf16 are
     else rounded as a GPU does it. ``batch`` is that of a model whose batch is fixed.
@@ -139,7 +139,7 @@ def layer_errors(
     if openvino:
         from foldgroup.run.ov import intermediate
 
-        return runtime_layer_errors(folded.folded, intermediate(model, inputs.numpy(), precision=precision), inputs)
+        return runtime_layer_errors(graph, intermediate(model, inputs.numpy(), precision=precision), inputs)
     if precision in ("fp16", "bf16"):
-        return rounded_layer_errors(folded.folded, DTYPES[precision], keep_float, inputs)
-    return runtime_layer_errors(folded.folded, intermediate_outputs(model, inputs.numpy()), inputs)
+        return rounded_layer_errors(graph, DTYPES[precision], keep_float, inputs)
+    return runtime_layer_errors(graph, intermediate_outputs(model, inputs.numpy()), inputs)

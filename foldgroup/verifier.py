@@ -32,7 +32,7 @@ from foldgroup.errors import EquivalenceError, RunnerError, UnavailableError
 from foldgroup.folding import Folded, fold
 from foldgroup.golden import Golden
 from foldgroup.images import labelled_batches, sample
-from foldgroup.lowering import packed_for
+from foldgroup.lowering import form_for
 from foldgroup.run import Runner
 from foldgroup.run.base import run_all
 from foldgroup.targets import Variant, make_runner, parse_variants
@@ -185,7 +185,7 @@ def _check_models(bundle: Bundle, folded: Folded, result: Verification) -> None:
         name = "ONNX weights" if precision == bundle.manifest["precision"] else f"ONNX weights {precision}"
         with _recorded(result, name):
             content = bundle.checked(model["file"], bundle.manifest["files"])
-            count = stored_weights_match(content, packed_for(precision, folded).folded)
+            count = stored_weights_match(content, form_for(precision, folded).graph)
             how = "within half a step of" if precision == "int8" else "bit-equal to"
             result.checks.append(CheckResult(name, True, f"{count} layers are {how} the folded network"))
 
@@ -239,7 +239,7 @@ class _LayerErrors:
             model = self.bundle.models[precision]
             self.known[precision, openvino] = layer_errors(
                 precision,
-                packed_for(precision, self.folded),
+                form_for(precision, self.folded).graph,
                 self.bundle.read(model["file"]),
                 model.get("keep_float", ()),
                 self.golden,
@@ -256,7 +256,7 @@ def _add_rounded(result: Verification, layers: _LayerErrors) -> None:
         if precision in ("fp16", "bf16"):
             with _recorded(result, f"rounded {precision}, golden inputs"):
                 kept, errors = model.get("keep_float", ()), layers.of(precision)
-                tier = rounded_tier(precision, layers.folded, kept, layers.golden, errors)
+                tier = rounded_tier(precision, layers.folded.folded, kept, layers.golden, errors)
                 _add(result, "golden inputs", tier, None, layers)
 
 
