@@ -224,6 +224,7 @@ def _open_timing_cache(config: Any, path: Path) -> Any:
 def _writable(path: Path) -> Path:
     """Make sure that the timing cache can be kept, before minutes of building."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         existed = path.exists()
         path.open("ab").close()
         if not existed:  # nothing is left behind by a build that fails

@@ -76,13 +76,13 @@ class TestPackage:
             np.testing.assert_allclose(logits, expected, atol=0.01)
 
 
-def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_error_says_what_to_install() -> None:
     from torch._inductor import config
     from torch._inductor.cpp_builder import cpp_compiler_search
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
     cpp_compiler_search.cache_clear()
-    with pytest.raises(EmitError, match=r"needs a C\+\+ compiler .*install g\+\+"):
+    missing = config.patch({"cpp.cxx": (None, "no-such-compiler")})  # pytest's monkeypatch would delete the setting
+    with missing, pytest.raises(EmitError, match=r"needs a C\+\+ compiler .*install g\+\+"):
         build_package(trace(Tiny(), SHAPE), SHAPE, batch=None)
 
 
