@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from foldgroup.bundle import IMAGE_MODEL, Bundle
-from foldgroup.checkpoint import Preprocessing
 from foldgroup.emit.preprocess import IMAGE
 from foldgroup.equivalence import ErrorStatistics, Limits, TierResult
-from foldgroup.images import read_batch, read_image
+from foldgroup.errors import FoldgroupError, RunnerError
+from foldgroup.images import preprocessing_of, read_batch, read_image
 from foldgroup.run.base import import_runtime, run_all
 from foldgroup.run.ort import OnnxRuntimeRunner
 
@@ -28,18 +28,26 @@ def baked_tier(bundle: Bundle, images: Sequence[Path]) -> TierResult:
 
     Raises:
         RunnerError: if ONNX Runtime cannot run the network's precision on the CPU.
+        EquivalenceError: if a file is not the one that was compiled.
         ImageError: if an image cannot be read.
     """
-    settings = dict(bundle.preprocessing)
-    settings.pop("classes")
+    preprocessing, _ = preprocessing_of(bundle)
     onnxruntime = import_runtime("onnxruntime", "onnxruntime")
-    with OnnxRuntimeRunner(bundle.read(bundle.models[bundle.manifest["precision"]]["file"])) as runner:
-        expected = run_all(runner, read_batch(images, Preprocessing(**settings)))
+    recorded = bundle.manifest["files"]
+    with OnnxRuntimeRunner(bundle.checked(bundle.models[bundle.manifest["precision"]]["file"], recorded)) as runner:
+        expected = run_all(runner, read_batch(images, preprocessing))
         least, _ = runner.batch_range or (1, 1)
-    session = onnxruntime.InferenceSession(bundle.read(IMAGE_MODEL), providers=["CPUExecutionProvider"])
     outputs = []
-    for path in images:
-        pixels = np.asarray(read_image(path))
-        (logits,) = session.run(None, {IMAGE: np.repeat(pixels[None], least, axis=0)})
-        outputs.append(logits[:1])
+    try:
+        session = onnxruntime.InferenceSession(
+            bundle.checked(IMAGE_MODEL, recorded), providers=["CPUExecutionProvider"]
+        )
+        for path in images:
+            pixels = np.asarray(read_image(path))
+            (logits,) = session.run(None, {IMAGE: np.repeat(pixels[None], least, axis=0)})
+            outputs.append(logits[:1])
+    except FoldgroupError:
+        raise
+    except Exception as error:  # ONNX Runtime's own classes have no common base
+        raise RunnerError(f"ONNX Runtime could not run {IMAGE_MODEL}: {error}") from error
     return TierResult("preprocessing", ErrorStatistics.of(np.concatenate(outputs), expected), LIMITS)

@@ -106,6 +106,13 @@ def unlabelled(folder: Path, preprocessing: Preprocessing, limit: int = 256, see
     return read_batch(sample(folder, limit, seed), preprocessing)
 
 
+def preprocessing_of(bundle: Bundle) -> tuple[Preprocessing, list[str]]:
+    """How an image becomes the bundle's input, and its class names; none where they are unknown."""
+    settings = dict(bundle.preprocessing)
+    names: list[str] = settings.pop("classes")
+    return Preprocessing(**settings), names
+
+
 def labelled_batches(bundle: Bundle, data: Path) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of images [N, C, H, W] and class numbers [N], by the network's class names if it has any.
 
@@ -116,13 +123,12 @@ def labelled_batches(bundle: Bundle, data: Path) -> Iterator[tuple[Tensor, Tenso
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
-    settings = dict(bundle.preprocessing)
-    names = settings.pop("classes")
+    preprocessing, names = preprocessing_of(bundle)
     channels, *_ = bundle.input_shape
     if channels != 3:
         raise BundleError(f"{data}: images have 3 channels, the network takes {channels}")
     try:
-        images = ImageFolder(data, Preprocessing(**settings).transform(), loader=lambda path: read_image(Path(path)))
+        images = ImageFolder(data, preprocessing.transform(), loader=lambda path: read_image(Path(path)))
     except OSError as error:
         raise BundleError(f"{data}: not a folder with one sub-folder of images per class ({error})") from error
     unknown = [name for name in images.classes if names and name not in names]

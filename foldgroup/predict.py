@@ -18,9 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from foldgroup.bundle import Bundle, read_bundle
-from foldgroup.checkpoint import Preprocessing
 from foldgroup.errors import BundleError, EquivalenceError, RunnerError
-from foldgroup.images import BATCH, read_batch
+from foldgroup.images import BATCH, preprocessing_of, read_batch
 from foldgroup.run.base import Runner, run_all
 from foldgroup.targets import Variant, find_target, make_runner, parse_variants
 
@@ -69,9 +68,7 @@ def predict(runner: Runner, bundle: Bundle, images: Sequence[Path], top: int = 5
         RunnerError: if the network does not run.
         EquivalenceError: if it gives no numbers.
     """
-    settings = dict(bundle.preprocessing)
-    names = settings.pop("classes")
-    preprocessing = Preprocessing(**settings)
+    preprocessing, names = preprocessing_of(bundle)
     channels, *_ = bundle.input_shape
     if channels != 3:
         raise BundleError(f"{bundle.path}: images have 3 channels, the network takes {channels}")

@@ -190,17 +190,34 @@ def test_images_are_refused_for_a_network_that_takes_none(photos: Path, tmp_path
     assert verify(compile(checkpoint, tmp_path / "b", engine=False).path)
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "golden.safetensors"])
-def test_a_damaged_file_fails_a_check_and_is_no_traceback(
-    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, name: str
-) -> None:
-    copy = tmp_path / "damaged.foldgroup"
-    shutil.copytree(tiny_bundle, copy)
+def cut_short(bundle: Path, copy: Path, name: str) -> Path:
+    """A copy of a bundle of which one file ends early."""
+    shutil.copytree(bundle, copy)
     (copy / name).write_bytes((copy / name).read_bytes()[:100])
-    try:
-        assert not verify(copy, tiny_checkpoint)
-    except EquivalenceError as error:
-        assert name in str(error)
+    return copy
+
+
+def test_a_damaged_model_fails_its_checks_and_is_no_traceback(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    verification = verify(cut_short(tiny_bundle, tmp_path / "damaged.foldgroup", "model.onnx"), tiny_checkpoint)
+    failed = {check.name for check in verification.checks if check.passed is False}
+    assert {"files", "ONNX weights", "onnxruntime fp32"} <= failed
+
+
+def test_damaged_golden_inputs_are_a_failed_check(tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(EquivalenceError, match=r"golden\.safetensors: not the file that was compiled"):
+        verify(cut_short(tiny_bundle, tmp_path / "damaged.foldgroup", "golden.safetensors"))
+
+
+def test_damaged_preprocessing_in_the_graph_is_a_failed_check(
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    bundle = compile(tiny_checkpoint, tmp_path / "b", engine=False, bake_preprocessing=True)
+    assert verify(bundle.path, data=photos)
+    verification = verify(cut_short(bundle.path, tmp_path / "damaged.foldgroup", "model.image.onnx"), data=photos)
+    failed = {check.name for check in verification.checks if check.passed is False}
+    assert failed == {"files", "preprocessing in the graph"}
 
 
 def test_a_batch_that_a_target_does_not_take_is_noted_or_an_error(tiny_checkpoint: Path, tmp_path: Path) -> None:

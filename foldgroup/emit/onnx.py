@@ -195,8 +195,8 @@ def intermediate_outputs(model: bytes, inputs: npt.NDArray[np.float32]) -> dict[
     from foldgroup.run.base import import_runtime
 
     ort = import_runtime("onnxruntime", "onnxruntime")
-    every, names = with_all_outputs(model)
     try:
+        every, names = with_all_outputs(model)
         session = ort.InferenceSession(every, providers=["CPUExecutionProvider"])
         return dict(zip(names, session.run(names, {INPUT: inputs}), strict=True))
     except Exception as error:  # ONNX Runtime's own classes have no common base
