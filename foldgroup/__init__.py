@@ -7,6 +7,8 @@
     bundle = foldgroup.compile("checkpoint.pt", "model.foldgroup")
     assert foldgroup.verify("model.foldgroup", "checkpoint.pt")
 
+    bundle = foldgroup.compile(module, "model.foldgroup", example_input=torch.zeros(1, 3, 224, 224))
+
 The names are loaded when first used, so importing the package costs nothing.
 """
 

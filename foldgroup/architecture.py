@@ -17,7 +17,10 @@ from foldgroup.nn import resnext
 from foldgroup.nn.resnext import BottleneckConfig, GroupableResNet, StageConfig
 from foldgroup.safe_load import shown
 
-_FAMILY = "give a bottleneck network with torchvision's names (conv1, bn1, layer1 … layer4 with conv1–conv3 each, fc)"
+_FAMILY = (
+    "give a bottleneck network with torchvision's names (conv1, bn1, layer1 … layer4 with conv1–conv3 each, fc), or "
+    "name the function that builds yours with --model"
+)
 _STEMS: dict[tuple[int, ...], Literal["imagenet", "cifar"]] = {(7, 7): "imagenet", (3, 3): "cifar"}
 
 
@@ -97,7 +100,20 @@ def build_and_check(config: BottleneckConfig, state: Mapping[str, Tensor], descr
             model = GroupableResNet(config)
     except ModelError as error:
         raise CheckpointError(f"{error}: {_FAMILY}") from error
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    problems = key_problems({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}, state)
+    if problems:
+        raise CheckpointError(
+            f"its keys are not those of {described_by}: {', '.join(problems)}. Save the whole state dict of such a "
+            f"network, or name another with --arch ({', '.join(known_archs())}), or your own with --model"
+        )
+    return model
+
+
+def key_problems(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> list[str]:
+    """In what ``state`` differs from the keys and shapes ``expected``, in words; nothing if in nothing.
+
+    BatchNorm's ``num_batches_tracked`` may be missing.
+    """
     problems = []
     missing = [key for key in expected if key not in state and not key.endswith(".num_batches_tracked")]
     if missing:
@@ -109,12 +125,7 @@ def build_and_check(config: BottleneckConfig, state: Mapping[str, Tensor], descr
     if wrong:
         first = f"{list(state[wrong[0]].shape)} instead of {list(expected[wrong[0]])}"
         problems.append(f"{len(wrong)} of another shape ({shown(wrong)}; the first is {first})")
-    if problems:
-        raise CheckpointError(
-            f"its keys are not those of {described_by}: {', '.join(problems)}. Save the whole state dict of such a "
-            f"network, or name another with --arch ({', '.join(known_archs())})"
-        )
-    return model
+    return problems
 
 
 @cache

@@ -141,7 +141,7 @@ class BenchmarkReport:
     """What was measured, on what. ``checkpoint`` is the manifest's entry."""
 
     checkpoint: Mapping[str, str]
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     subjects: tuple[Subject, ...]
     comparisons: tuple[Comparison, ...]
     machine: Mapping[str, Any]
@@ -320,5 +320,5 @@ def _call(
 ) -> Callable[[], object]:
     """What is timed: one call of the runner, or ``streams`` at a time."""
     if streams == 1:
-        return partial(runner.run, images)
-    return lambda: list(pool.map(runner.run, [images] * streams))
+        return partial(runner.outputs, images)
+    return lambda: list(pool.map(runner.outputs, [images] * streams))

@@ -12,7 +12,7 @@ preprocessing.json    how an image becomes the input; class names            man
 engines.json          the engines and how they were built                    –
 model.rtx.plan, …     engines, precisions named as above                     engines.json
 triton/               a Triton Inference Server model repository             engines.json
-golden.safetensors    inputs and the training form's float64 logits          verification.json
+golden.safetensors    inputs and the training form's float64 outputs         verification.json
 verification.json     what was measured, and on which machine                –
 ====================  =====================================================  ==================
 
@@ -28,7 +28,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -145,10 +145,36 @@ class Bundle:
         return batch if isinstance(batch, int) else None
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the input."""
+    def input_shape(self) -> tuple[int, ...]:
+        """The input's shape without the batch: channels, height and width of an image."""
         _, *shape = self.manifest["input"]["shape"]
         return tuple(shape)
+
+    @property
+    def outputs(self) -> Sequence[Mapping[str, Any]]:
+        """``name`` and ``shape`` of every output, in order."""
+        listed: Sequence[Mapping[str, Any]] = self.manifest.get("outputs") or [self._entry("output")]
+        return listed
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the network tells apart; None unless its only output is [N, classes]."""
+        return classes_of(self.manifest)
+
+    def check_classifier(self) -> None:
+        """Refuse to show images to a network that does not classify them.
+
+        Raises:
+            BundleError: saying what it takes or gives instead.
+        """
+        if self.input_shape[:1] != (3,):
+            raise BundleError(f"{self.path}: images have 3 channels, the network takes {self.input_shape[0]}")
+        if len(self.input_shape) != 3 or self.input_shape[1] != self.input_shape[2]:
+            shown = list(self.input_shape)
+            raise BundleError(f"{self.path}: images are prepared as [3, S, S], the network takes {shown}")
+        if self.classes is None:
+            given = ", ".join(f"{output['name']} {output['shape']}" for output in self.outputs)
+            raise BundleError(f"{self.path}: the network gives {given}, no logits [N, classes]: it does not classify")
 
     def read(self, name: str) -> bytes:
         """The content of a file of the bundle.
@@ -174,6 +200,12 @@ class Bundle:
         for name in sorted(recorded):
             self.checked(name, recorded)
         return len(recorded)
+
+
+def classes_of(manifest: Mapping[str, Any]) -> int | None:
+    """How many classes a manifest's network tells apart; None unless its only output is [N, classes]."""
+    shape: Sequence[Any] = manifest["output"]["shape"] if "output" in manifest else ()
+    return int(shape[1]) if len(shape) == 2 else None
 
 
 def read_bundle(path: Path) -> Bundle:

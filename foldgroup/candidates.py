@@ -89,10 +89,12 @@ def baseline(name: str, bundle: Bundle, variant: Variant) -> Candidate:
     shape = (1, *bundle.input_shape)
     if shape[1] != 3:
         raise ModelError(f"baseline {name} takes images of 3 channels, this network {shape[1]}: compare it with none")
+    if len(shape) != 4 or bundle.classes is None:
+        raise ModelError(f"baseline {name} classifies images, this network does not: compare it with none")
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = builder(num_classes=bundle.manifest["output"]["shape"][1])
+            model = builder(num_classes=bundle.classes)
         graph = _folded(model.requires_grad_(False), shape)
         content = _file(variant, _lowered(graph, bundle, variant.precision), bundle)
     except FoldgroupError as error:

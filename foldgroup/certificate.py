@@ -1,26 +1,35 @@
 """The exactness certificate: a proof, without tolerance, that a graph computes the training form.
 
 The proof is a simulation. Walking the compiled graph in order, every node n is assigned a claim (t, p): *n holds the
-value of node t of the training form with its channels in order p*, n = t[:, p]. A claim is granted only if it follows
-from the claims of n's operands:
+channels p of node t of the training form*, n = t[:, p] along t's channel axis (:mod:`foldgroup.rules`), where p is a
+list of channels; most often it has them all, and is an order. A claim is granted only if it follows from the claims of
+n's operands:
 
-* both graphs may be read as equations (:mod:`foldgroup.purity`), and n has the shape of t that tracing found;
+* both graphs may be read as equations (:mod:`foldgroup.purity`), and n has the shape that p leaves of t's;
 * an operation is that of its training node, with the same settings and arguments, on operands that claim the training
-  node's operands; identities and dropout in evaluation mode are their operand;
-* the network's input is the training form's, in order id;
-* ChannelShuffle by s of (t, p) gives (t, p · s);
-* an operation through which channels pass (:class:`foldgroup.channels.Through`) has operands that are all in one order
-  p, and gives (t, p); its per-channel tensors are those of t, indexed by p;
-* a convolution of [N, C, H, W] or linear layer of [N, C] with an operand in order p that writes order q has, entry for
-  entry and bit for bit, weight[o, i] = W[q[o], p[i]], where W is the training layer's kernel times the mask that its
-  gates define by eq. 7, and every training weight it leaves out is zero under that mask;
-* a convolution that took in a batch norm stands for the norm's node, and its weights are those of the training form's
-  convolution and norm, folded in float64;
-* any other operation (a barrier) has operands in order id, and so its result;
-* the network's output is the training form's, in order id.
+  node's operands; no-ops in evaluation mode are their operand, and a reshape–transpose–reshape that reorders channels
+  by s (:mod:`foldgroup.reshaping`) is its operand in order s;
+* the network's input is the training form's, in order;
+* ChannelShuffle or ChannelSelect by s of (t, p) gives (t, p · s); a slice of (t, p) gives (t, p[a:b]); joining (t, p)
+  and (t, q) gives (t, p q);
+* an operation through which channels pass (:class:`foldgroup.rules.Through`) has operands that all have the channels p,
+  and gives (t, p), or (t, p ⊗ id) where every channel makes several; its per-channel tensors are those of t, at p. What
+  normalises groups of channels has them all, each group together;
+* concatenation joins its operands' lists, each moved to its operand's place; what takes channels a … b − 1 finds just
+  these there;
+* a convolution or linear layer that reads channels p and writes q has, entry for entry and bit for bit,
+  weight[o, i] = W[q[o], p[i]], where W is the training layer's kernel times the mask that its gates define by eq. 7,
+  and every entry of W[q] that it leaves out is zero, under that mask or as it is; where a group reads a channel again,
+  the weight is 0;
+* a layer that took in a batch norm stands for the norm's node, and its weights are those of the training form's layer
+  and norm, folded in float64;
+* what sums over channels, or asks for shapes, has all channels, in any order;
+* a tensor of the network itself is the training form's, at p along its channel axis;
+* any other operation (a barrier) has operands in order, and so its result;
+* the network's output is the training form's, in order.
 
-Orders are permutations by construction, and no floating-point operation is relied on but the folding of batch norm,
-which is repeated from the checkpoint's own numbers. Nothing here calls a pass.
+No floating-point operation is relied on but the folding of batch norm, which is repeated from the checkpoint's own
+numbers. Nothing here calls a pass.
 """
 
 from __future__ import annotations
@@ -31,21 +40,45 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from foldgroup import rules as ops
 from foldgroup.channel_order import ChannelOrder
-from foldgroup.channels import Through, rule_of
 from foldgroup.errors import ChannelOrderError
-from foldgroup.forms import ChannelShuffle, MaskedConv2d, settings
+from foldgroup.forms import CONVS, TRANSPOSED_CONVS, ChannelSelect, ChannelShuffle, MaskedConv, settings
 from foldgroup.grouping import kronecker_mask
-from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.nn.dgconv import KINDS, DGConv
 from foldgroup.purity import impurity
+from foldgroup.reshaping import shuffle_at
+from foldgroup.rules import rules_of
 from foldgroup.trace import called_module, is_no_op, shape_of
 
-_WEIGHTED = (nn.Conv2d, MaskedConv2d, nn.Linear)
-_CONV_SETTINGS = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice")
+_CONV_SETTINGS = (
+    *("kernel_size", "stride", "padding", "dilation", "transposed", "output_padding", "padding_mode"),
+    "_reversed_padding_repeated_twice",
+)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _PLAIN = (bool, int, float, str, tuple, list, set, dict)
 """Types whose values are the same setting if they are equal; others must be the same object."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A node holds the channels ``index`` of the training form's ``source`` along ``axis``; None without channels."""
+
+    source: str
+    axis: int | None
+    index: Tensor | None
+
+    @property
+    def in_order(self) -> bool:
+        """Whether it is the whole of the source, as it was."""
+        return self.index is None or torch.equal(self.index, torch.arange(len(self.index)))
+
+    def of(self, value: Tensor) -> Tensor:
+        """What the node must hold if the source holds ``value``."""
+        return value if self.index is None or self.axis is None else value.index_select(self.axis, self.index)
 
 
 @dataclass
@@ -63,8 +96,8 @@ class Certificate:
     weights_pruned: int = 0
     failure: str | None = None
     """The layer and what is wrong with it; None if the certificate holds."""
-    claims: dict[str, tuple[str, ChannelOrder | None]] = field(default_factory=dict, repr=False)
-    """For every node granted a claim: its training node's name and its channel order (None without a channel axis)."""
+    claims: dict[str, Claim] = field(default_factory=dict, repr=False)
+    """For every node granted a claim."""
 
     @property
     def holds(self) -> bool:
@@ -81,12 +114,6 @@ class _Refuted(Exception):
     """A claim that does not follow."""
 
 
-@dataclass(frozen=True)
-class _Claim:
-    node: fx.Node
-    order: ChannelOrder | None
-
-
 def certify(training: fx.GraphModule, compiled: fx.GraphModule) -> Certificate:
     """Prove that ``compiled`` computes ``training`` exactly, or say where the proof fails.
 
@@ -95,74 +122,273 @@ def certify(training: fx.GraphModule, compiled: fx.GraphModule) -> Certificate:
     certificate = Certificate(failure=impurity(training) or impurity(compiled))
     if not certificate.holds:
         return certificate
-    sources = {node.name: node for node in training.graph.nodes}
-    claims: dict[fx.Node, _Claim] = {}
+    proof = _Proof(training, compiled, certificate)
     for node in compiled.graph.nodes:
         try:
             if node.op == "output":
-                _check_output(node, sources, claims)
+                proof.check_output(node)
                 return certificate
-            claim = _grant(training, compiled, node, sources, claims, certificate)
-            noted, true = shape_of(node), shape_of(claim.node)
-            _require(noted == true, f"its shape is noted as {noted} for {true}")
+            proof.grant(node)
         except (_Refuted, ChannelOrderError) as refuted:
             certificate.failure = f"{node.target if node.op == 'call_module' else node.name}: {refuted}"
             return certificate
-        claims[node] = claim
-        certificate.claims[node.name] = (claim.node.name, claim.order)
-        certificate.nodes += 1
-        certificate.orders += int(claim.order is not None and not claim.order.is_identity)
     certificate.failure = "the graph has no output"
     return certificate
 
 
-def _grant(
-    training: fx.GraphModule,
-    compiled: fx.GraphModule,
-    node: fx.Node,
-    sources: dict[str, fx.Node],
-    claims: dict[fx.Node, _Claim],
-    certificate: Certificate,
-) -> _Claim:
-    """The claim of ``node``, if it follows from those of its operands."""
-    module = called_module(compiled, node)
-    if type(module) is ChannelShuffle:
-        (given,) = (claims[operand] for operand in node.all_input_nodes)
-        return _Claim(given.node, _order_of(given).then(_carried_out(module)))
-    source = sources.get(node.meta.get("origin", ""))
-    if source is None:
-        raise _Refuted("it stands for no node of the training form")
-    rule = rule_of(compiled, node)
-    if type(module) in _WEIGHTED and len(shape_of(source)) == (2 if type(module) is nn.Linear else 4):
-        assert isinstance(module, nn.Conv2d | nn.Linear)
-        conv, norm = _conv_and_norm(training, source)
-        _check_operands(node, conv, claims)
-        (before,) = (_order_of(claims[operand]) for operand in node.all_input_nodes)
-        stays = before if isinstance(rule, Through) else ChannelOrder.identity(shape_of(source)[1])
-        after = stays if isinstance(rule, Through) else node.meta.get("out_order", stays)
-        _check_weights(module, called_module(training, conv), norm, before, after, certificate)
-        return _Claim(source, after)
-    _check_operands(node, source, claims)
-    if isinstance(rule, Through):
-        carried = {_order_of(claims[operand]) for operand in rule.operands}
-        _require(len(carried) == 1, "its operands are in different channel orders")
-        (order,) = carried
-        _check_module(called_module(training, source), module, order if rule.carries else None)
-        return _Claim(source, order)
-    in_order = all(order is None or order.is_identity for order in (claims[o].order for o in node.all_input_nodes))
-    _require(in_order, "its operands are not in their original channel order")
-    _check_module(called_module(training, source), module, None)
-    if node.op == "get_attr":
-        same = _equal(_attribute(compiled, node), _attribute(training, source))
-        _require(same, "its tensor differs from the training form's")
-    has_channels = len(shape_of(source)) >= 2
-    return _Claim(source, ChannelOrder.identity(shape_of(source)[1]) if has_channels else None)
+@dataclass(frozen=True)
+class _Held:
+    """A claim while it is worked with: the training node, which is no no-op and no reshaped shuffle."""
+
+    node: fx.Node
+    index: Tensor | None
 
 
-def _order_of(claim: _Claim) -> ChannelOrder:
-    if claim.order is None:
-        raise _Refuted(f"it reads {claim.node.name}, which has no channels")
-    return claim.order
+class _Proof:
+    """The claims granted so far."""
+
+    def __init__(self, training: fx.GraphModule, compiled: fx.GraphModule, certificate: Certificate) -> None:
+        self.training = training
+        self.compiled = compiled
+        self.certificate = certificate
+        self.sources = {node.name: node for node in training.graph.nodes}
+        self.training_rules, self.axes = rules_of(training, to_change=False)
+        self.rules, self.our_axes = rules_of(compiled, to_change=False)
+        self.held: dict[fx.Node, _Held] = {}
+        self._bases: dict[fx.Node, tuple[fx.Node, Tensor | None]] = {}
+
+    def grant(self, node: fx.Node) -> None:
+        """Grant ``node`` its claim, if it follows from those of its operands."""
+        held = self._claim(node)
+        axis = self.axes[held.node]
+        if held.index is not None and node.op != "get_attr":
+            _require(self.our_axes[node] == axis, f"its channels are dimension {self.our_axes[node]}, not {axis}")
+        noted, true = shape_of(node), list(shape_of(held.node))
+        if axis is not None and held.index is not None and true:
+            true[axis] = len(held.index)
+        _require(noted == tuple(true), f"its shape is noted as {noted} for {tuple(true)}")
+        self.held[node] = held
+        claim = Claim(held.node.name, axis, held.index)
+        self.certificate.claims[node.name] = claim
+        self.certificate.nodes += 1
+        self.certificate.orders += int(not claim.in_order)
+
+    def check_output(self, node: fx.Node) -> None:
+        """The output returns what the training form's does, in order."""
+        output = next(source for source in self.sources.values() if source.op == "output")
+        self._check_operands(node, output)
+        for ours, theirs in self._operands(node, output):
+            in_order = _in_order(self._seen(ours, theirs))
+            _require(in_order, "the network's output is not in its original channel order")
+
+    # ---- what a node holds -----------------------------------------------------------------------------------
+
+    def _base(self, node: fx.Node) -> tuple[fx.Node, Tensor | None]:
+        """The training node behind no-ops and reshaped shuffles, and the channels of it that ``node`` is."""
+        if node not in self._bases:
+            shuffled = shuffle_at(self.training, node)
+            if is_no_op(called_module(self.training, node)):
+                self._bases[node] = self._base(node.all_input_nodes[0])
+            elif shuffled is not None and self.axes[shuffled[0]] == 1:
+                base, index = self._base(shuffled[0])
+                order = shuffled[1].index
+                self._bases[node] = base, order if index is None else index[order]
+            else:
+                self._bases[node] = node, None
+        return self._bases[node]
+
+    def _whole(self, node: fx.Node) -> Tensor | None:
+        axis = self.axes[node]
+        return None if axis is None else torch.arange(shape_of(node)[axis])
+
+    def _canonical(self, source: fx.Node, index: Tensor | None) -> _Held:
+        """A claim on ``source`` as one on what is behind it."""
+        base, moved = self._base(source)
+        return _Held(base, index if moved is None or index is None else moved[index])
+
+    def _seen(self, ours: fx.Node, theirs: fx.Node) -> Tensor | None:
+        """The channels of the training operand ``theirs`` that our operand holds."""
+        held = self.held[ours]
+        base, moved = self._base(theirs)
+        _require(held.node is base, f"it reads {held.node.name} in place of {base.name}")
+        return held.index if moved is None or held.index is None else torch.argsort(moved)[held.index]
+
+    def _operands(self, node: fx.Node, source: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+        """Our operands beside the training form's, in the order of the arguments."""
+        sides: list[list[fx.Node]] = []
+        for call in (node, source):
+            found: list[fx.Node] = []
+
+            def note(operand: fx.Node, found: list[fx.Node] = found) -> fx.Node:
+                found.append(operand)
+                return operand
+
+            fx.map_arg((call.args, call.kwargs), note)
+            sides.append(found)
+        return list(zip(*sides, strict=True))
+
+    def _check_operands(self, node: fx.Node, source: fx.Node) -> None:
+        """``node`` does to its operands what ``source`` does to the training form's."""
+        same_call = node.op == source.op and (node.op in ("call_module", "get_attr") or node.target == source.target)
+        _require(same_call, f"{node.op} {node.target} stands for {source.op} {source.target}")
+        ours = fx.map_arg((node.args, node.kwargs), lambda operand: self.held[operand].node)
+        theirs = fx.map_arg((source.args, source.kwargs), lambda operand: self._base(operand)[0])
+        same = ours == theirs and repr(ours) == repr(theirs)  # 1, 1.0 and True are equal but for their text
+        _require(same, f"it does not compute {source.name} from {source.args}")
+
+    def _claim(self, node: fx.Node) -> _Held:
+        module = called_module(self.compiled, node)
+        rule = self.rules[node]
+        if type(module) is ChannelSelect:
+            (given,) = (self.held[operand] for operand in node.all_input_nodes)
+            _require(self.axes[given.node] == 1, "it selects along dimension 1, not the channels")
+            return _Held(given.node, _index_of(given)[module.index])
+        if type(module) is ChannelShuffle:
+            (given,) = (self.held[operand] for operand in node.all_input_nodes)
+            _require(module.dim == self.axes[given.node], f"it reorders dimension {module.dim}, not the channels")
+            return _Held(given.node, _index_of(given)[_carried_out(module).index])
+        source = self.sources.get(node.meta.get("origin", ""))
+        if source is None:
+            raise _Refuted("it stands for no node of the training form")
+        selected = self._selection(node, rule, source)
+        if selected is not None:
+            return selected
+        if isinstance(module, _ConvNd | nn.Linear) and not isinstance(rule, ops.Barrier):
+            return self._layer(node, module, rule, source)
+        if isinstance(module, MaskedConv) and isinstance(self.axes[source], int):
+            return self._layer(node, module, rule, source)
+        self._check_operands(node, source)
+        return self._canonical(source, self._result(node, rule, source, module))
+
+    def _selection(self, node: fx.Node, rule: ops.Rule, source: fx.Node) -> _Held | None:
+        """Slices and concatenations that a pass has put in: they move channels of one training node about."""
+        base = self._base(source)[0]
+        if isinstance(rule, ops.Takes) and self.held[rule.operand].node is base:
+            return _Held(base, _index_of(self.held[rule.operand])[rule.start : rule.stop])
+        if isinstance(rule, ops.Joins) and all(self.held[operand].node is base for operand in rule.operands):
+            return _Held(base, torch.cat([_index_of(self.held[operand]) for operand in rule.operands]))
+        return None
+
+    def _result(self, node: fx.Node, rule: ops.Rule, source: fx.Node, module: nn.Module | None) -> Tensor | None:
+        """The channels of ``source`` that an operation which is the training form's own gives."""
+        original = called_module(self.training, source)
+        seen = {ours: self._seen(ours, theirs) for ours, theirs in self._operands(node, source)}
+        if isinstance(rule, ops.Through):
+            indices = [seen[operand] for operand in rule.operands]
+            first = indices[0]
+            same = first is not None and all(index is not None and torch.equal(index, first) for index in indices)
+            _require(same, "its operands are in different channel orders")
+            assert first is not None
+            others = [o for o in node.all_input_nodes if o not in rule.operands and not _broadcasts(o, node, rule.axis)]
+            _require(all(_in_order(seen[other]) for other in others), "an operand is not in its original order")
+            if rule.repeat > 1:
+                first = (first[:, None] * rule.repeat + torch.arange(rule.repeat)).reshape(-1)
+            if rule.groups > 1:
+                self._check_whole(first, source)
+                runs = first.reshape(rule.groups, -1) // (len(first) // rule.groups)
+                _require(bool((runs == runs[:, :1]).all()), "it normalises over channels of different groups")
+            elif _normalises(module, node):
+                self._check_whole(first, source)
+            _check_module(original, module, first if rule.carries else None)
+            return first
+        _check_module(original, module, None)
+        if isinstance(rule, ops.Joins):
+            parts, at = [], 0
+            theirs = self.training_rules[source]
+            _require(isinstance(theirs, ops.Joins), "it joins what the training form does not")
+            assert isinstance(theirs, ops.Joins)
+            for ours, operand in zip(rule.operands, theirs.operands, strict=True):
+                index = self._seen(ours, operand)
+                assert index is not None
+                parts.append(at + index)
+                at += shape_of(operand)[theirs.axis]
+            return torch.cat(parts)
+        if isinstance(rule, ops.Splits):
+            return seen[rule.operand]
+        if isinstance(rule, ops.Takes):
+            index = seen[rule.operand]
+            assert index is not None
+            index = index[rule.start : rule.stop] - rule.start
+            inside = len(index) == rule.stop - rule.start and bool(((index >= 0) & (index < len(index))).all())
+            _require(inside, "it takes channels that the training form does not")
+            return index
+        if isinstance(rule, ops.Constant):
+            return self._constant(node, source)
+        if isinstance(rule, ops.Reads):
+            for ours, operand in self._operands(node, source):
+                if seen[ours] is not None:
+                    self._check_whole(seen[ours], self._base(operand)[0])
+            return None
+        in_order = all(_in_order(index) for index in seen.values())
+        _require(in_order, "its operands are not in their original channel order")
+        return self._whole(source)
+
+    def _check_whole(self, index: Tensor | None, node: fx.Node) -> None:
+        assert index is not None
+        whole = torch.equal(index.sort().values, torch.arange(shape_of(node)[self.axes[node] or 1]))
+        _require(whole, "it does not have all channels")
+
+    def _constant(self, node: fx.Node, source: fx.Node) -> Tensor | None:
+        tensor, original = _attribute(self.compiled, node), _attribute(self.training, source)
+        axis, index = self.axes[source], self._whole(source)
+        if axis is not None and "out_order" in node.meta:
+            index = node.meta["out_order"].index
+            original = original.index_select(axis, index)
+        _require(_equal(tensor, original), "its tensor differs from the training form's")
+        return index
+
+    # ---- layers with weights ---------------------------------------------------------------------------------
+
+    def _layer(self, node: fx.Node, module: nn.Module, rule: ops.Rule, source: fx.Node) -> _Held:
+        """A convolution or linear layer, which may have taken in a batch norm."""
+        assert isinstance(module, _ConvNd | nn.Linear)
+        norm = called_module(self.training, source)
+        conv = source
+        if isinstance(norm, _NORMS):
+            conv = self._base(source.all_input_nodes[0])[0]
+        else:
+            norm = None
+        self._check_operands(node, conv)
+        ((ours, theirs),) = self._operands(node, conv)
+        before = self._seen(ours, theirs)
+        if before is None:
+            raise _Refuted(f"it reads {theirs.name}, which has no channels")
+        after = self._whole(source)
+        assert after is not None
+        if isinstance(rule, ops.Through) and not {"out_index", "out_order"} & node.meta.keys():
+            after = (before[:, None] * rule.repeat + torch.arange(rule.repeat)).reshape(-1)
+        elif "out_index" in node.meta:
+            after = torch.tensor(node.meta["out_index"])
+        elif "out_order" in node.meta:
+            after = node.meta["out_order"].index
+        original = called_module(self.training, conv)
+        _check_weights(module, original, norm, before, after, self.certificate)
+        return self._canonical(source, after)
+
+
+def _in_order(index: Tensor | None) -> bool:
+    return index is None or torch.equal(index, torch.arange(len(index)))
+
+
+def _broadcasts(operand: fx.Node, node: fx.Node, axis: int) -> bool:
+    """Whether an operand has one value for all channels of ``node``, or is no tensor."""
+    shape = shape_of(operand)
+    own = axis - len(shape_of(node)) + len(shape)
+    return not shape or own < 0 or shape[own] == 1
+
+
+def _normalises(module: nn.Module | None, node: fx.Node) -> bool:
+    """Whether the operation sums over channels on the way."""
+    name = str(getattr(node.target, "__name__", node.target))
+    return isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.Softmax | nn.LogSoftmax | nn.Softmin) or name in (
+        *("softmax", "log_softmax", "layer_norm", "normalize"),
+    )
+
+
+def _index_of(held: _Held) -> Tensor:
+    if held.index is None:
+        raise _Refuted(f"it reads {held.node.name}, which has no channels")
+    return held.index
 
 
 def _carried_out(shuffle: ChannelShuffle) -> ChannelOrder:
@@ -176,50 +402,10 @@ def _carried_out(shuffle: ChannelShuffle) -> ChannelOrder:
     return order
 
 
-def _conv_and_norm(training: fx.GraphModule, source: fx.Node) -> tuple[fx.Node, nn.BatchNorm2d | None]:
-    """The training layer that a layer with weights stands for, and the batch norm that it took in, if any."""
-    norm = called_module(training, source)
-    if type(norm) is not nn.BatchNorm2d:
-        return source, None
-    return _through_no_ops(training, source.all_input_nodes[0]), norm
-
-
-def _check_operands(node: fx.Node, source: fx.Node, claims: dict[fx.Node, _Claim]) -> None:
-    """``node`` does to its operands what ``source`` does to the training form's."""
-    same_call = node.op == source.op and (node.op == "call_module" or node.target == source.target)
-    _require(same_call, f"{node.op} {node.target} stands for {source.op} {source.target}")
-    training = source.graph.owning_module
-
-    def expected(operand: fx.Node) -> fx.Node:
-        return _through_no_ops(training, operand)
-
-    def claimed(operand: fx.Node) -> fx.Node:
-        return _through_no_ops(training, claims[operand].node)
-
-    ours = fx.map_arg((node.args, node.kwargs), claimed)
-    theirs = fx.map_arg((source.args, source.kwargs), expected)
-    same = ours == theirs and repr(ours) == repr(theirs)  # 1, 1.0 and True are equal but for their text
-    _require(same, f"it does not compute {source.name} from {source.args}")
-
-
-def _check_output(node: fx.Node, sources: dict[str, fx.Node], claims: dict[fx.Node, _Claim]) -> None:
-    output = next(source for source in sources.values() if source.op == "output")
-    _check_operands(node, output, claims)
-    for operand in node.all_input_nodes:
-        order = claims[operand].order
-        _require(order is None or order.is_identity, "the network's output is not in its original channel order")
-
-
-def _through_no_ops(training: Any, node: fx.Node) -> fx.Node:
-    while is_no_op(called_module(training, node)):
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _check_module(original: nn.Module | None, module: nn.Module | None, order: ChannelOrder | None) -> None:
-    """``module`` is ``original`` with its per-channel tensors, if any, in ``order``."""
+def _check_module(original: nn.Module | None, module: nn.Module | None, index: Tensor | None) -> None:
+    """``module`` is ``original`` with its per-channel tensors, if any, at ``index``."""
     if module is original:
-        _require(order is None or order.is_identity, "its tensors do not follow its channel order")
+        _require(index is None or _in_order(index), "its tensors do not follow its channel order")
         return
     _require(type(module) is type(original), f"a {type(module).__name__} for a {type(original).__name__}")
     assert module is not None and original is not None
@@ -231,50 +417,57 @@ def _check_module(original: nn.Module | None, module: nn.Module | None, order: C
     sources = dict(_named_tensors(original))
     for name, tensor in _named_tensors(module):
         source = sources.pop(name, None)
-        if source is not None and order is not None and source.ndim:
-            source = source[order.index]
+        if source is not None and index is not None and source.ndim:
+            source = source[index]
         _require(source is not None and _equal(tensor, source), f"{name} is not the training form's, reordered")
     _require(not sources, f"{', '.join(sources)} missing")
 
 
 def _check_weights(
-    module: nn.Conv2d | nn.Linear,
+    module: _ConvNd | nn.Linear,
     original: nn.Module | None,
-    norm: nn.BatchNorm2d | None,
-    before: ChannelOrder,
-    after: ChannelOrder,
+    norm: nn.Module | None,
+    before: Tensor,
+    after: Tensor,
     certificate: Certificate,
 ) -> None:
-    """Entry for entry: weight[o, i] = (U ⊙ W)[after[o], before[i]], zero under U for what is left out."""
-    _require(type(original) in (nn.Conv2d, DGConv2d, nn.Linear), f"it stands for a {type(original).__name__}")
-    assert isinstance(original, nn.Conv2d | nn.Linear)
+    """Entry for entry: weight[o, i] = (U ⊙ W)[after[o], before[i]], zero for what is left out."""
+    kinds = (*CONVS, *TRANSPOSED_CONVS, *KINDS.values(), nn.Linear)
+    _require(type(original) in kinds, f"it stands for a {type(original).__name__}")
+    assert isinstance(original, _ConvNd | nn.Linear)
     for name in _CONV_SETTINGS:
         value, other = getattr(module, name, None), getattr(original, name, None)
         _require(value == other, f"{name} {value} for {other}")
-    weight = original.weight.detach()
+    weight, ours = original.weight.detach(), module.weight.detach()
     groups = getattr(module, "groups", 1)
-    out_channels, width = module.weight.shape[:2]
-    fits = len(weight) == out_channels == len(after) and width * groups == len(before)
-    _require(fits, f"weights of shape {list(module.weight.shape)} for {list(weight.shape)}")
+    transposed = type(original) in TRANSPOSED_CONVS
+    if transposed and groups == getattr(original, "groups", 1) == 1:  # [C_in, C_out, …], else depthwise: [C, 1, …]
+        weight, ours = weight.transpose(0, 1), ours.transpose(0, 1)
+    out_channels, width = ours.shape[:2]
+    fits = out_channels == len(after) and width * groups == len(before) and out_channels % groups == 0
+    _require(fits, f"weights of shape {list(module.weight.shape)} for {list(original.weight.shape)}")
 
-    ours = module.weight.detach()
-    mask = _training_mask(original)
+    mask = _training_mask(original, weight)
     connected = None
-    if groups == 1 and mask is None:
-        kept = weight if after.is_identity else weight[after.index]
-        kept = kept if before.is_identity else kept[:, before.index]
+    whole = len(before) == weight.shape[1]
+    if groups == 1 and mask is None and whole:
+        kept = weight if _in_order(after) and len(after) == len(weight) else weight[after]
+        kept = kept if _in_order(before) else kept[:, before]
         ones = kept.shape[0] * kept.shape[1]
+        total = ones
     else:
         # Which training inputs each of our outputs reads: a row of C_in/groups channel numbers for each of C_out.
-        reads = before.index.reshape(groups, width).repeat_interleave(out_channels // groups, dim=0)
-        rows = after.index[:, None].expand_as(reads)
-        mask = torch.ones(out_channels, len(before), dtype=torch.bool) if mask is None else mask
-        connected = mask[rows, reads]
-        ones = int(mask.sum())
+        reads = before.reshape(groups, width).repeat_interleave(out_channels // groups, dim=0)
+        rows = after[:, None].expand_as(reads)
+        mask = weight.flatten(2).ne(0).any(2) if mask is None and weight.ndim > 2 else mask
+        mask = weight.ne(0) if mask is None else mask  # nothing said so, but what is zero counts for nothing
+        connected = mask[rows, reads] & _first(before.reshape(groups, width)).repeat_interleave(len(rows) // groups, 0)
+        total = len(after) * mask.shape[1]
+        ones = int(mask[after].sum())
         _require(int(connected.sum()) == ones, "a weight that the mask keeps was pruned")
         # A grouped training weight [C_out, C_in/groups] holds each row's own group only: channel numbers within it.
         kept = weight[rows, reads % weight.shape[1]]
-    bias = None if original.bias is None else original.bias.detach()[after.index]
+    bias = None if original.bias is None else original.bias.detach()[after]
     if norm is not None:
         kept, bias = _folded(kept, bias, norm, after)
     if connected is not None:
@@ -286,30 +479,41 @@ def _check_weights(
     positions = kept[0, 0].numel()
     certificate.layers += 1
     certificate.weights_kept += ones * positions
-    certificate.weights_pruned += (out_channels * weight.shape[1] - ones) * positions
+    if len(weight) == len(after) or whole:
+        pruned = (out_channels * weight.shape[1] if total == ones else total) - ones
+        certificate.weights_pruned += pruned * positions
 
 
-def _training_mask(original: nn.Conv2d | nn.Linear) -> Tensor | None:
+def _first(reads: Tensor) -> Tensor:
+    """Where each row of channel numbers has a number for the first time."""
+    earlier = torch.ones(reads.shape, dtype=torch.bool)
+    ranked, place = reads.sort(dim=1, stable=True)
+    again = ranked[:, 1:] == ranked[:, :-1]
+    return earlier.scatter(1, place[:, 1:], ~again)
+
+
+def _training_mask(original: _ConvNd | nn.Linear, weight: Tensor) -> Tensor | None:
     """Which weights of the training layer count, [C_out, C_in], from the gates themselves (eq. 5–7); None for all."""
-    if isinstance(original, DGConv2d):
+    if isinstance(original, DGConv):
         gates = iter(original.gate.detach().tolist())
         bits = [int(next(gates) > 0) if a == b else 1 for a, b in original.factors]
         return torch.from_numpy(kronecker_mask(original.factors, bits).T.copy())
-    if isinstance(original, nn.Conv2d) and original.groups > 1:
+    if isinstance(original, _ConvNd) and original.groups > 1:
         of_row = torch.arange(original.out_channels) // (original.out_channels // original.groups)
         of_column = torch.arange(original.in_channels) // (original.in_channels // original.groups)
         return of_row[:, None] == of_column
     return None
 
 
-def _folded(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d, after: ChannelOrder) -> tuple[Tensor, Tensor]:
-    """A convolution whose rows are in order ``after`` and the norm behind it as one, in float64."""
+def _folded(weight: Tensor, bias: Tensor | None, norm: nn.Module, after: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer whose rows are ``after`` and the norm behind it as one, in float64."""
+    assert isinstance(norm, _NORMS)
 
     def double(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().double()
 
     def rows(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().double()[after.index]
+        return None if tensor is None else tensor.detach().double()[after]
 
     _require(norm.running_mean is not None, "a batch norm without running statistics was folded")
     folded = fuse_conv_bn_weights(

@@ -1,7 +1,8 @@
 """Checkpoints: dialects → (model, gates, provenance); safe loading only.
 
 A file travels :mod:`~foldgroup.safe_load` (file → tensors) → :mod:`~foldgroup.dialects` (any known key layout → ours) →
-:mod:`~foldgroup.architecture` (shapes → network) → :class:`Checkpoint`.
+:mod:`~foldgroup.architecture` (shapes → network) or :mod:`~foldgroup.own_model` (the user's function → network) →
+:class:`Checkpoint`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from foldgroup import own_model
 from foldgroup.architecture import arch_name, build_and_check, infer_config, named_config, summary
 from foldgroup.dialects import GateOrder, ZeroGates, translate
 from foldgroup.errors import CheckpointError
+from foldgroup.own_model import ModelSource
 from foldgroup.safe_load import check_tensors, load_file, shown
 
 FORMAT = 1
@@ -83,19 +86,45 @@ class Checkpoint:
     """A trained network in training form, and where it came from."""
 
     path: Path
+    """Of the file; of a module the name of its class."""
     sha256: str
-    """Of the file's bytes."""
+    """Of the file's bytes; of a module of its state dict (:func:`foldgroup.own_model.sha256_of`)."""
     dialect: str
-    """The key layout: "foldgroup" or "d-li14"."""
+    """The key layout: "foldgroup", "d-li14", "state_dict" (no gates), or "module" where there was no file."""
     arch: str
-    """A registered builder's name, or a description such as "bottleneck-2-2-2"."""
+    """A registered builder's name, a description such as "bottleneck-2-2-2", or the name of the module's class."""
     model: nn.Module
-    """A :class:`foldgroup.nn.GroupableResNet` in eval mode, float32 or float64 as the file's widest tensor."""
+    """In eval mode; from a file, float32 or float64 as its widest tensor."""
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     """Class names in the order of the logits; empty when unknown."""
     notes: tuple[str, ...]
     """What a user should know about how the file was read."""
+    built_by: str | None = None
+    """The function that built the network, as ``package.module:function``, if the user named one."""
+
+
+def load_network(
+    source: str | os.PathLike[str] | nn.Module,
+    *,
+    arch: str | None = None,
+    gate_order: GateOrder = "stored",
+    zero_gates: ZeroGates | None = None,
+    model: ModelSource | None = None,
+) -> Checkpoint:
+    """A checkpoint as :func:`load_checkpoint` reads it, or a module as it is.
+
+    Raises:
+        CheckpointError: as :func:`load_checkpoint`, or if a module comes with options for files or is not on the CPU.
+    """
+    if not isinstance(source, nn.Module):
+        return load_checkpoint(source, arch=arch, gate_order=gate_order, zero_gates=zero_gates, model=model)
+    name = type(source).__name__
+    if (arch, gate_order, zero_gates, model) != (None, "stored", None, None):
+        raise CheckpointError(f"{name}: arch, gate_order, zero_gates and model are for checkpoints: leave them out")
+    own_model.check_on_cpu(source, f"{name}: it")
+    sha256 = own_model.sha256_of(source)
+    return Checkpoint(Path(name), sha256, "module", name, source.eval(), Preprocessing.standard(224), (), ())
 
 
 def load_checkpoint(
@@ -104,12 +133,14 @@ def load_checkpoint(
     arch: str | None = None,
     gate_order: GateOrder = "stored",
     zero_gates: ZeroGates | None = None,
+    model: ModelSource | None = None,
 ) -> Checkpoint:
     """Read a checkpoint of foldgroup or of the d-li14 family without running code from it.
 
-    ``arch`` names a registered builder instead of inferring the network from the tensors. ``gate_order`` "sorted" is
-    for d-li14 networks built with ``sort=True``, which nothing in the file reveals. ``zero_gates`` says what gates of
-    exactly 0 mean; in foldgroup's own layout they are the identity unless it says otherwise.
+    ``arch`` names a registered builder instead of inferring the network from the tensors; ``model`` is a function, or
+    its name as ``package.module:function``, that builds any other network. ``gate_order`` "sorted" is for d-li14
+    networks built with ``sort=True``, which nothing in the file reveals. ``zero_gates`` says what gates of exactly 0
+    mean; in foldgroup's own layout they are the identity unless it says otherwise.
 
     Raises:
         CheckpointError: if the file is unsafe, damaged, or no such network; the message names the file, the key or
@@ -117,14 +148,50 @@ def load_checkpoint(
     """
     path = Path(path)
     try:
-        return _load(path, arch, gate_order, zero_gates)
+        if model is None:
+            return _load(path, arch, gate_order, zero_gates)
+        if arch is not None:
+            raise CheckpointError("--arch and --model both say what the network is: give one of them")
+        return _load_own(path, model, gate_order, zero_gates)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error.__cause__
 
 
-def _load(path: Path, arch: str | None, gate_order: GateOrder, zero_gates: ZeroGates | None) -> Checkpoint:
+def _load_own(path: Path, source: ModelSource, gate_order: GateOrder, zero_gates: ZeroGates | None) -> Checkpoint:
+    """A checkpoint of the network that the user's function builds."""
+    _check_gate_options(gate_order, zero_gates)
+    file = load_file(path)
+    wrapped, ignored = _find_state_dict(file.document)
+    spec = own_model.spec_of(source)
+    model = own_model.build(source)
+    named = any(key in wrapped for key in model.state_dict())  # a network may have a layer called module
+    tensors = check_tensors(wrapped if named else _without_prefixes(wrapped), file.size)
+    translation = own_model.translated(model, tensors, gate_order, zero_gates)
+    state = translation.state
+    own_model.check_keys(model, state, spec)
+    for key, tensor in model.state_dict().items():
+        if key.endswith(_COUNTER):
+            state.setdefault(key, tensor)
+    dtype, notes = _common_dtype({key: tensor for key, tensor in state.items() if tensor.is_floating_point()})
+    own_model.load_into(model, state, dtype, spec)
+    notes = [*translation.notes, *notes]
+    if ignored:
+        notes.append(f"ignored beside the weights: {shown(ignored, limit=8)}")
+    preprocessing, classes = _own_record(file.document)
+    arch = type(model).__name__
+    prepared = preprocessing or Preprocessing.standard(224)
+    return Checkpoint(
+        path, file.sha256, translation.dialect, arch, model.eval(), prepared, classes, tuple(notes), built_by=spec
+    )
+
+
+def _check_gate_options(gate_order: GateOrder, zero_gates: ZeroGates | None) -> None:
     if gate_order not in get_args(GateOrder) or zero_gates not in (None, *get_args(ZeroGates)):
         raise CheckpointError("--gate-order takes stored or sorted, --zero-gates identity or ones")
+
+
+def _load(path: Path, arch: str | None, gate_order: GateOrder, zero_gates: ZeroGates | None) -> Checkpoint:
+    _check_gate_options(gate_order, zero_gates)
     file = load_file(path)
     wrapped, ignored = _find_state_dict(file.document)
     tensors = check_tensors(_without_prefixes(wrapped), file.size)
@@ -233,8 +300,11 @@ def _plain(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     return plain
 
 
-def _own_record(document: object, num_classes: int) -> tuple[Preprocessing | None, tuple[str, ...]]:
-    """Preprocessing and class names as :func:`save_checkpoint` wrote them; nothing for any other file."""
+def _own_record(document: object, num_classes: int | None = None) -> tuple[Preprocessing | None, tuple[str, ...]]:
+    """Preprocessing and class names as :func:`save_checkpoint` wrote them; nothing for any other file.
+
+    ``num_classes`` None is for a network whose outputs are not known yet.
+    """
     if not isinstance(document, dict) or "foldgroup" not in document:
         return None, ()
     try:
@@ -248,6 +318,7 @@ def _own_record(document: object, num_classes: int) -> tuple[Preprocessing | Non
         raise CheckpointError("its 'preprocessing' describes no image: copy or train it again")
     if not all(value > 0 and math.isfinite(value) for value in std):
         raise CheckpointError("its 'preprocessing' divides by a 'std' that is not positive: copy or train it again")
-    if not all(isinstance(name, str) for name in classes) or len(classes) not in (0, num_classes):
-        raise CheckpointError(f"its 'classes' are not {num_classes} names, one a logit: copy or train it again")
+    expected = len(classes) if num_classes is None else num_classes
+    if not all(isinstance(name, str) for name in classes) or len(classes) not in (0, expected):
+        raise CheckpointError(f"its 'classes' are not {expected} names, one a logit: copy or train it again")
     return preprocessing, classes

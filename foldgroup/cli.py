@@ -23,8 +23,9 @@ from foldgroup.options import (
     ExistingPath,
     engine_options,
     handover_options,
-    input_size_option,
+    input_options,
     json_option,
+    model_option,
     precision_options,
     reading_options,
     run_on_option,
@@ -69,6 +70,7 @@ def main() -> None:
 @main.command()
 @click.argument("path", type=ExistingPath)
 @reading_options
+@input_options
 @json_option
 @_errors_are_messages
 def inspect(path: Path, as_json: bool, **reading: Any) -> None:
@@ -86,7 +88,7 @@ def inspect(path: Path, as_json: bool, **reading: Any) -> None:
     "-o", "--output", type=ExistingPath, help="Bundle to write.  [default: <checkpoint's stem>.foldgroup here]"
 )
 @reading_options
-@input_size_option
+@input_options
 @engine_options
 @precision_options
 @handover_options
@@ -136,21 +138,26 @@ def compile(
 
 @main.command()
 @click.argument("paths", nargs=-1, required=True, type=ExistingPath, metavar="[CHECKPOINT] BUNDLE")
+@model_option
 @run_on_option
 @click.option("--data", type=ExistingPath, help="Folder of labelled images, one sub-folder per class.")
 @json_option
 @_errors_are_messages
-def verify(paths: tuple[Path, ...], target: tuple[str, ...], data: Path | None, as_json: bool) -> None:
+def verify(
+    paths: tuple[Path, ...], model: str | None, target: tuple[str, ...], data: Path | None, as_json: bool
+) -> None:
     """Check that BUNDLE is the network that was trained; against CHECKPOINT itself if it is at hand."""
     from foldgroup.report.tables import verification_table
 
     if len(paths) > 2:
         raise click.UsageError("give a bundle, or a checkpoint and a bundle")
+    if model is not None and len(paths) == 1:
+        raise click.UsageError("--model builds the network of a checkpoint: give that too, before the bundle")
     with _progress("verify") as step:
         from foldgroup.verifier import verify as run
 
         checkpoint = paths[0] if len(paths) == 2 else None
-        verification = run(paths[-1], checkpoint, target=target, data=data, on_step=step)
+        verification = run(paths[-1], checkpoint, model=model, target=target, data=data, on_step=step)
     _show(verification.as_dict() if as_json else verification_table(verification))
     if not verification:
         failed = [check.name for check in verification.checks if check.passed is False]
@@ -245,14 +252,14 @@ def explain(bundle: Path) -> None:
 @main.command()
 @click.argument("checkpoint", type=ExistingPath)
 @reading_options
-@input_size_option
+@input_options
 @_errors_are_messages
-def bisect(checkpoint: Path, input_size: int | None, **reading: Any) -> None:
+def bisect(checkpoint: Path, **reading: Any) -> None:
     """Name the first pass after which the network is no longer the trained one."""
     with _progress("bisect") as step:
         from foldgroup.folding import bisect as run
 
-        guilty = run(checkpoint, input_size=input_size, on_step=step, **reading)
+        guilty = run(checkpoint, on_step=step, **reading)
     if guilty is None:
         click.echo("Every pass keeps the network equal to the trained one.")
         return

@@ -9,24 +9,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
 from foldgroup import bundle as files
-from foldgroup.bundle import Bundle, check_target, file_entry, to_json, write_bundle
-from foldgroup.checkpoint import Checkpoint, Preprocessing, load_checkpoint
+from foldgroup.bundle import Bundle, check_target, classes_of, file_entry, to_json, write_bundle
+from foldgroup.checkpoint import Checkpoint, Preprocessing, load_network
 from foldgroup.emit import tensorrt
 from foldgroup.emit.engine import Engine
 from foldgroup.emit.preprocess import with_preprocessing
 from foldgroup.emit.quantize import Calibration
 from foldgroup.engines import EngineSettings, build, entry
 from foldgroup.equivalence import TierResult, first_layer_over
-from foldgroup.errors import EquivalenceError, TargetError
-from foldgroup.folding import check_float64, fold
+from foldgroup.errors import BundleError, CheckpointError, EquivalenceError, TargetError, TraceError
+from foldgroup.folding import check_float64, fold, input_shape_of, shape_like
 from foldgroup.golden import Golden
 from foldgroup.handover import TRITON, Repository, served_name, triton
 from foldgroup.images import unlabelled
 from foldgroup.lowering import AUTO, CalibrationData, Lowered, form_for, lower
 from foldgroup.manifest import manifest_of
 from foldgroup.measure import machine
+from foldgroup.own_model import ModelSource
 from foldgroup.pipeline import PassRecord, Pipeline
 from foldgroup.targets import Variant, choose, missing
 from foldgroup.tiers import Tiers, layer_errors, rounded_tier, run_tiers, stand_in
@@ -39,9 +41,11 @@ WORST_LAYERS = 5
 
 
 def compile(
-    source: str | Path,
+    source: str | Path | nn.Module,
     output: str | Path | None = None,
     *,
+    example_input: Tensor | Sequence[int] | None = None,
+    model: ModelSource | None = None,
     arch: str | None = None,
     gate_order: Literal["stored", "sorted"] = "stored",
     zero_gates: Literal["identity", "ones"] | None = None,
@@ -64,7 +68,13 @@ def compile(
     force: bool = False,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
-    """Compile the checkpoint ``source`` into the bundle ``output`` (by default ``<stem>.foldgroup`` here).
+    """Compile the checkpoint or module ``source`` into the bundle ``output``.
+
+    By default a checkpoint's is ``<stem>.foldgroup`` here. ``example_input`` is a tensor [N, C, …] such as the network
+    takes, or its shape; it must be given with a module, which is put in evaluation mode and otherwise left as it is.
+    ``model`` is a function, or its name as ``package.module:function``, that builds the checkpoint's network where it
+    is none of foldgroup's own; without ``example_input`` that is taken for one of square images of ``input_size``
+    pixels.
 
     ``target`` are names of :data:`foldgroup.targets.TARGETS`, or TARGET:PRECISION; by default ONNX Runtime, and
     TensorRT-RTX where it is installed; ``engine`` False leaves out what takes one. ``precision`` is one or several of
@@ -83,8 +93,9 @@ def compile(
     Raises:
         FoldgroupError: of the stage that fails; nothing is written then.
     """
-    source = Path(source)
-    output = Path(output) if output is not None else Path(default_bundle_name(source))
+    if output is None and isinstance(source, nn.Module):
+        raise BundleError(f"{type(source).__name__}: a module has no file to name the bundle after: give output")
+    output = Path(default_bundle_name(Path(str(source)))) if output is None else Path(output)
     check_target(output, force=force)
     asked = [precision] if isinstance(precision, str) else precision
     chosen = _chosen(target, asked, engine=engine, gpu=gpu)
@@ -98,40 +109,51 @@ def compile(
         timing_cache=engine_settings.timing_cache or place.with_name(place.name + ".timing"),
     )
     clock = _Clock(on_step)
-    checkpoint = load_checkpoint(source, arch=arch, gate_order=gate_order, zero_gates=zero_gates)
+    checkpoint = load_network(source, arch=arch, gate_order=gate_order, zero_gates=zero_gates, model=model)
     clock("read checkpoint")
-    channels = next(checkpoint.model.parameters()).shape[1]
-    if channels != 3 and (calibrate is not None or bake_preprocessing):
-        raise TargetError(f"{source}: images have 3 channels, this network takes {channels}: it goes without them")
-    preprocessing = _preprocessing(checkpoint, input_size or checkpoint.preprocessing.size)
+    own_shape = input_shape_of(checkpoint, input_size, shape_like(example_input))
+    square = len(own_shape) == 4 and own_shape[2] == own_shape[3]
+    if calibrate is not None or bake_preprocessing:
+        _check_images(checkpoint.path, own_shape[1:])
+    preprocessing = _preprocessing(checkpoint, own_shape[2]) if square else None
     data = None
     if calibrate is not None:
+        assert preprocessing is not None
         data = CalibrationData(unlabelled(Path(calibrate), preprocessing, limit=calibration_images), calibration)
         clock("read calibration images")
     folded = fold(
         checkpoint,
         pipeline=pipeline,
-        input_size=input_size,
+        input_shape=own_shape[1:],
         check_passes=check_passes,
         dump_passes=Path(dump_passes) if dump_passes is not None else None,
         on_step=clock,
     )
-    golden = Golden.of(folded.training, folded.input_shape, torch.from_numpy(data.images) if data else None)
-    error = check_float64(source, folded, golden.inputs, golden.logits)
+    try:
+        golden = Golden.of(folded.training, folded.input_shape, torch.from_numpy(data.images) if data else None)
+    except TraceError as failed:
+        raise TraceError(f"{checkpoint.path}: {failed}") from failed.__cause__
+    error = check_float64(checkpoint.path, folded, golden.inputs, golden.outputs)
     clock("float64")
 
     first = precisions[0]
     forms = {name: form_for(name, folded) for name in precisions}
     manifest = manifest_of(checkpoint, replace(folded, folded=forms[first].graph), fixed, first)
+    path, classes = checkpoint.path, checkpoint.classes
+    if classes and classes_of(manifest) != len(classes):
+        raise CheckpointError(f"{path}: names {len(classes)} classes, but the network is no classifier of so many")
+    if AUTO in keep_float and len(manifest["outputs"]) > 1:
+        raise TargetError(f"{path}: --keep-float {AUTO} measures one output, and there are more: name the layers")
     options: dict[str, Any] = {"arch": arch, "gate_order": gate_order, "zero_gates": zero_gates, "batch": batch}
-    options |= {"input_size": folded.input_shape[2], "precision": precisions, "keep_float": keep_float}
+    options |= {"model": checkpoint.built_by, "input_shape": own_shape[1:]}
+    options |= {"input_size": own_shape[2] if square else None, "precision": precisions, "keep_float": keep_float}
     records = [_record(record) for record in folded.result.records]
     content = {
         files.PASSES: to_json({"options": options, "notes": checkpoint.notes, "passes": records}),
-        files.PREPROCESSING: to_json({**asdict(preprocessing), "classes": list(checkpoint.classes)}),
+        files.PREPROCESSING: to_json({**(asdict(preprocessing) if preprocessing else {}), "classes": list(classes)}),
     }
-    classes, shape = checkpoint.classes, (fixed or 1, *folded.input_shape[1:])
-    del checkpoint, folded  # the dense kernels: most of the memory, and no longer needed
+    shape = (fixed or 1, *own_shape[1:])
+    del source, checkpoint, folded  # the dense kernels: most of the memory, and no longer needed
 
     lowered: dict[str, Lowered] = {}
     errors: dict[str, dict[str, float]] = {}
@@ -146,6 +168,7 @@ def compile(
         lowered[name] = low
         content[_file(name, first, ".onnx")] = low.model
     if bake_preprocessing:
+        assert preprocessing is not None
         content[files.IMAGE_MODEL] = with_preprocessing(lowered[first].model, preprocessing)
         clock("preprocessing")
     manifest |= {
@@ -170,10 +193,10 @@ def compile(
         tiers.add(part)
     clock("runtimes")
     for tier in tiers.results.values():
-        _judge(source, tier, errors.get(tier.precision, {}))
+        _judge(path, tier, errors.get(tier.precision, {}))
     repository = Repository()
     if TRITON in emit:
-        if bake_preprocessing:
+        if preprocessing is not None and bake_preprocessing:
             baked = {v: with_preprocessing(model, preprocessing) for v, model in models.items() if v not in engines}
             models |= baked
         repository = triton(served_name(output.name), models, engines, classes=classes, batch=settings.batch)
@@ -263,6 +286,21 @@ def _check_options(
             raise TargetError(f"cannot emit {kind!r}: only {TRITON}")
 
 
+def _check_images(source: Path, shape: Sequence[int]) -> None:
+    """Refuse options about images for a network whose input [C, …] is none.
+
+    Raises:
+        TargetError: saying what it takes.
+    """
+    if shape[0] != 3:
+        raise TargetError(f"{source}: images have 3 channels, this network takes {shape[0]}: it goes without them")
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise TargetError(
+            f"{source}: images are prepared as [3, S, S], this network takes {list(shape)}: leave out --calibrate and "
+            "--bake-preprocessing"
+        )
+
+
 def _chosen(
     names: Sequence[str], precisions: Sequence[str], *, engine: bool, gpu: Sequence[str]
 ) -> tuple[Variant, ...]:
@@ -321,4 +359,5 @@ def _record(record: PassRecord) -> dict[str, Any]:
         "rewrites": [asdict(note) for note in record.rewrites],
         "skips": [asdict(note) for note in record.skips],
         "shuffles": [asdict(entry) for entry in record.ledger],
+        **({"details": record.details} if record.details else {}),
     }

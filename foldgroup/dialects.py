@@ -11,7 +11,8 @@ A groupable layer X is found by its key ``X.gate``. Two layouts are known:
   with gate 1 most significant, so the values of D and I say what a bit means. Built with ``sort=True`` they first move
   the factors of bit 0 to the front, which no tensor records. Copies for C_in ≠ C_out (yyyyangyi/CNNs-for-Multi-Source-
   Remote-Sensing-Data-Fusion) repeat rows or columns of U by ``X._I`` and, given a group count, multiply the result by
-  the constant ``X.group_mask`` [C_out, C_in] = ones ⊗ identity.
+  the constant ``X.group_mask`` [C_out, C_in] = ones ⊗ identity. For other channel counts they crop U, which no factors
+say: :mod:`foldgroup.readers.dgconv` reads those, for networks with a plain convolution there.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def translate(
     if dialect == "foldgroup" and gate_order == "sorted":
         raise CheckpointError("this is foldgroup's own layout, which has no sorted gates: leave --gate-order out")
     for layer in layers:
-        _check_gate(layer, state[f"{layer}.gate"])
+        check_gate(layer, state[f"{layer}.gate"])
     binarised = all(bool(((gate == 0) | (gate == 1)).all()) for gate in (state[f"{layer}.gate"] for layer in layers))
 
     result = dict(state)
@@ -119,7 +120,8 @@ def _common_dialect(state: Mapping[str, Tensor], layers: Iterable[str]) -> str:
     return next(iter(found))
 
 
-def _check_gate(layer: str, gate: Tensor) -> None:
+def check_gate(layer: str, gate: Tensor) -> None:
+    """Refuse gates that are no list of floating-point numbers."""
     if gate.dim() != 1 or not gate.is_floating_point():
         raise CheckpointError(
             f"layer {layer!r}: its gate is {gate.dtype} of shape {list(gate.shape)}, not a list of floating-point "
@@ -167,11 +169,42 @@ def _d_li14_gate(
     if narrow.bit_count() != 1 or wide % narrow:
         raise CheckpointError(
             f"layer {layer!r}: {in_channels} input and {out_channels} output channels; unless one is a power of two "
-            "and the other a multiple of it, this layout crops its mask into unequal groups, not supported yet: "
-            "train with foldgroup.nn.DGConv2d, which takes any channel counts"
+            "and the other a multiple of it, this layout crops its mask into unequal groups, which this network has no "
+            "layer for: name with --model a function that builds it with torch.nn.Conv2d in that place, and their "
+            "groups are found in the masked weights; or train with foldgroup.nn.DGConv2d, which takes any counts"
         )
+    gate = signed_gates(layer, parts, narrow.bit_length() - 1, gate_order, zero_gates, binarised)
+
+    if "_I" in parts:
+        repeat = torch.kron(torch.eye(narrow), torch.ones(out_channels // narrow, in_channels // narrow))
+        if not torch.equal(parts["_I"].to(repeat.dtype), repeat):
+            raise CheckpointError(
+                f"layer {layer!r}: its '_I' does not repeat each channel of the mask {wide // narrow} times, as "
+                "DGConv's does: foldgroup cannot fold it; give a checkpoint whose buffers are intact"
+            )
+    if "group_mask" in parts:
+        gate = _apply_group_mask(layer, gate, in_channels, out_channels, parts["group_mask"])
+    return gate
+
+
+def signed_gates(
+    layer: str,
+    parts: Mapping[str, Tensor],
+    expected: int,
+    gate_order: GateOrder,
+    zero_gates: ZeroGates | None,
+    binarised: bool,
+) -> Tensor:
+    """The gates [K] of a d-li14 layer, gate 1 first, above 0 for all ones and below 0 for the identity.
+
+    ``binarised`` says that all gates of the network are 0 or 1, for the message about zeros.
+
+    Raises:
+        CheckpointError: if they are not ``expected`` gates, or their or their buffers' values have no such meaning.
+    """
+    in_channels, out_channels = parts["conv.weight"].shape[1], parts["conv.weight"].shape[0]
     gate = _widened(parts["gate"])
-    _check_count(layer, len(gate), narrow.bit_length() - 1, in_channels, out_channels)
+    _check_count(layer, len(gate), expected, in_channels, out_channels)
 
     inverted = _is_inverted(layer, parts)
     zeros = gate == 0
@@ -187,19 +220,7 @@ def _d_li14_gate(
     gate = gate.masked_fill(zeros, GATE_INIT if (zero_gates == "ones") != inverted else -GATE_INIT)
     if gate_order == "sorted":  # by the bit as stored, before D and I give it a meaning
         gate = gate[torch.argsort((gate > 0).int(), stable=True)]
-    if inverted:
-        gate = -gate
-
-    if "_I" in parts:
-        repeat = torch.kron(torch.eye(narrow), torch.ones(out_channels // narrow, in_channels // narrow))
-        if not torch.equal(parts["_I"].to(repeat.dtype), repeat):
-            raise CheckpointError(
-                f"layer {layer!r}: its '_I' does not repeat each channel of the mask {wide // narrow} times, as "
-                "DGConv's does: foldgroup cannot fold it; give a checkpoint whose buffers are intact"
-            )
-    if "group_mask" in parts:
-        gate = _apply_group_mask(layer, gate, in_channels, out_channels, parts["group_mask"])
-    return gate
+    return -gate if inverted else gate
 
 
 def _is_inverted(layer: str, parts: Mapping[str, Tensor]) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from foldgroup.certificate import Certificate, certify
-from foldgroup.checkpoint import Checkpoint, load_checkpoint
+from foldgroup.checkpoint import Checkpoint, load_network
 from foldgroup.equivalence import (
     FLOAT64_LIMIT,
     first_layer_over,
@@ -19,20 +20,22 @@ from foldgroup.equivalence import (
     pass_check,
     seeded_inputs,
 )
-from foldgroup.errors import EquivalenceError
+from foldgroup.errors import EquivalenceError, TraceError
+from foldgroup.outputs import check_outputs
+from foldgroup.own_model import ModelSource
 from foldgroup.pipeline import PassRecord, Pipeline, PipelineResult, dump, first_difference
 from foldgroup.trace import trace
 
 
 @dataclass(frozen=True)
 class Folded:
-    """A checkpoint's network before and after the passes."""
+    """A checkpoint's network before and after the passes. ``input_shape`` is [1, C, …]."""
 
     training: fx.GraphModule
     folded: fx.GraphModule
     result: PipelineResult
     certificate: Certificate
-    input_shape: tuple[int, int, int, int]
+    input_shape: tuple[int, ...]
 
 
 def fold(
@@ -40,19 +43,20 @@ def fold(
     *,
     pipeline: Pipeline | None = None,
     input_size: int | None = None,
+    input_shape: Sequence[int] | None = None,
     check_passes: bool = False,
     dump_passes: Path | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Folded:
     """Trace the checkpoint's model, run the passes and certify the result.
 
-    ``pipeline`` is the default one with the passes of installed packages; ``input_size`` the checkpoint's own.
+    ``pipeline`` is the default one with the passes of installed packages. The input is as :func:`input_shape_of` says.
 
     Raises:
         TraceError, PassError: if the network or a pass is not up to it.
         EquivalenceError: if ``check_passes`` finds a pass whose result differs, or if the certificate does not hold.
     """
-    training, shape = _trace(checkpoint, input_size)
+    training, shape = _trace(checkpoint, input_size, input_shape)
     on_step("trace")
 
     def on_pass(record: PassRecord, graph: fx.GraphModule) -> None:
@@ -73,13 +77,13 @@ def fold(
     if not certificate.holds:
         raise EquivalenceError(
             f"{checkpoint.path}: the folded network is not the trained one. {certificate.failure}. "
-            f"Run 'foldgroup bisect {checkpoint.path}' to find the pass"
+            f"{_how_to_bisect(checkpoint)} to find the pass"
         )
     return Folded(training, result.graph, result, certificate, shape)
 
 
-def check_float64(source: Path, folded: Folded, inputs: Tensor, reference: Tensor) -> float:
-    """The folded form's float64 error on ``inputs`` [N, C, H, W] against the training form's logits ``reference``.
+def check_float64(source: Path, folded: Folded, inputs: Tensor, reference: Sequence[Tensor]) -> float:
+    """The folded form's float64 error on ``inputs`` [N, C, …] against the training form's outputs ``reference``.
 
     Raises:
         EquivalenceError: if the error is over the limit; it names the first layer that is.
@@ -95,21 +99,23 @@ def check_float64(source: Path, folded: Folded, inputs: Tensor, reference: Tenso
 
 
 def bisect(
-    source: str | Path,
+    source: str | Path | nn.Module,
     *,
     arch: str | None = None,
     gate_order: Literal["stored", "sorted"] = "stored",
     zero_gates: Literal["identity", "ones"] | None = None,
+    model: ModelSource | None = None,
     input_size: int | None = None,
+    example_input: Tensor | Sequence[int] | None = None,
     pipeline: Pipeline | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> PassRecord | None:
     """The first pass after which the network is no longer the trained one, or None.
 
-    Every pass is checked by the certificate and in float64.
+    Every pass is checked by the certificate and in float64. The arguments are those of :func:`foldgroup.compile`.
     """
-    checkpoint = load_checkpoint(Path(source), arch=arch, gate_order=gate_order, zero_gates=zero_gates)
-    training, shape = _trace(checkpoint, input_size)
+    checkpoint = load_network(source, arch=arch, gate_order=gate_order, zero_gates=zero_gates, model=model)
+    training, shape = _trace(checkpoint, input_size, shape_like(example_input))
     result = (pipeline or _default_pipeline()).run(
         training,
         check=pass_check(training, seeded_inputs(shape)),
@@ -126,8 +132,62 @@ def _default_pipeline() -> Pipeline:
     return default_pipeline().with_entry_points()
 
 
-def _trace(checkpoint: Checkpoint, input_size: int | None) -> tuple[fx.GraphModule, tuple[int, int, int, int]]:
-    """The training form's graph, and the shape of one input."""
+def shape_like(example: Tensor | Sequence[int] | None) -> tuple[int, ...] | None:
+    """The shape of one input, without the batch, of an example [N, C, …] or its shape; None if there is no example.
+
+    Raises:
+        TraceError: if the example is no such thing.
+    """
+    if example is None:
+        return None
+    if isinstance(example, Tensor) and not example.is_floating_point():
+        raise TraceError(f"example_input is {example.dtype}: networks are compiled for one floating-point tensor")
+    shape = tuple(example.shape) if isinstance(example, Tensor) else tuple(example)
+    if len(shape) < 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise TraceError(f"example_input has shape {list(shape)}: give a batch and channels at least, [N, C, …]")
+    return shape[1:]
+
+
+def input_shape_of(
+    checkpoint: Checkpoint, input_size: int | None, input_shape: Sequence[int] | None
+) -> tuple[int, ...]:
+    """The shape [1, C, …] that the network is traced with: ``input_shape`` [C, …], or a square image.
+
+    The image has ``input_size`` pixels a side, by default the checkpoint's own, and the channels of the first layer.
+
+    Raises:
+        TraceError: if nothing says what the network takes, or two things do.
+    """
+    if input_shape is not None:
+        if input_size is not None:
+            raise TraceError(f"{checkpoint.path}: --input-size and --input-shape both say what it takes: give one")
+        return (1, *input_shape)
+    first = next((module for module in checkpoint.model.modules() if isinstance(module, _ConvNd)), None)
+    guess = checkpoint.built_by is not None and input_size is None
+    if checkpoint.dialect == "module" or not isinstance(first, nn.Conv2d) or (guess and first.in_channels != 3):
+        raise TraceError(
+            f"{checkpoint.path}: nothing says what the network takes: give the shape of one input with --input-shape "
+            "C,H,W (in Python example_input, a tensor or its shape [N, C, …])"
+        )
     size = input_size or checkpoint.preprocessing.size
-    shape = (1, next(checkpoint.model.parameters()).shape[1], size, size)
-    return trace(checkpoint.model, shape), shape
+    return (1, first.in_channels, size, size)
+
+
+def _trace(
+    checkpoint: Checkpoint, input_size: int | None, input_shape: Sequence[int] | None
+) -> tuple[fx.GraphModule, tuple[int, ...]]:
+    """The training form's graph, and the shape of one input."""
+    shape = input_shape_of(checkpoint, input_size, input_shape)
+    try:
+        training = trace(checkpoint.model, shape)
+        check_outputs(training, shape[0])
+    except TraceError as error:
+        raise TraceError(f"{checkpoint.path}: {error}") from error.__cause__
+    return training, shape
+
+
+def _how_to_bisect(checkpoint: Checkpoint) -> str:
+    if checkpoint.dialect == "module":
+        return "Call foldgroup.folding.bisect on it"
+    model = f" --model {checkpoint.built_by}" if checkpoint.built_by else ""
+    return f"Run 'foldgroup bisect {checkpoint.path}{model}'"

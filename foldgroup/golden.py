@@ -1,60 +1,78 @@
 """Golden inputs: what a bundle carries so that whoever receives it can check it without the checkpoint.
 
-Two seeded inputs with the training form's float64 logits; with a calibration, a few of its images too, because int8
+Two seeded inputs with the training form's float64 outputs; with a calibration, a few of its images too, because int8
 says nothing about inputs outside the range it was calibrated for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 
 from foldgroup.bundle import GOLDEN, Bundle
-from foldgroup.equivalence import seeded_inputs
-from foldgroup.errors import BundleError, FoldgroupError
-from foldgroup.trace import evaluate
+from foldgroup.equivalence import float64_outputs, seeded_inputs
+from foldgroup.errors import BundleError, FoldgroupError, TraceError
 
 SEEDED, IMAGES = 2, 4
+
+_OWN_BATCH = "{} inputs at a time: take the batch from x.shape[0] wherever forward() has it as a number"
 
 
 @dataclass(frozen=True)
 class Golden:
-    """Inputs [N, C, H, W] float32 and their logits [N, classes] float64; images None without a calibration."""
+    """Inputs [N, C, …] float32 and every output for them in float64; images None without a calibration.
+
+    In the file they are ``input`` and ``logits``, ``images`` and ``image_logits``. Several outputs are numbered there:
+    ``logits.0``, ``logits.1`` … in the order of the manifest.
+    """
 
     inputs: Tensor
-    logits: Tensor
+    outputs: tuple[Tensor, ...]
     images: Tensor | None = None
-    image_logits: Tensor | None = None
+    image_outputs: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, training: fx.GraphModule, shape: tuple[int, ...], images: Tensor | None) -> Golden:
-        """Run the training form in float64 on seeded inputs of ``shape`` [·, C, H, W] and on the first ``images``."""
-        inputs = seeded_inputs((SEEDED, *shape[1:]))
-        if images is not None:
-            images = images[:IMAGES]
-        image_logits = evaluate(training, images)["output"] if images is not None else None
-        return cls(inputs, evaluate(training, inputs)["output"], images, image_logits)
+        """Run the training form in float64 on seeded inputs of ``shape`` [·, C, …] and on the first ``images``.
 
-    def suited_to(self, precision: str) -> tuple[Tensor, Tensor]:
-        """The inputs and logits to judge ``precision`` by: the images for int8, if there are any."""
-        if precision == "int8" and self.images is not None and self.image_logits is not None:
-            return self.images, self.image_logits
-        return self.inputs, self.logits
+        Raises:
+            TraceError: if it does not take several inputs at a time, or gives no output for each of them.
+        """
+        return cls._computed(training, seeded_inputs((SEEDED, *shape[1:])), None if images is None else images[:IMAGES])
+
+    @classmethod
+    def _computed(cls, training: fx.GraphModule, inputs: Tensor, images: Tensor | None) -> Golden:
+        image_outputs = () if images is None else float64_outputs(training, images)
+        try:
+            outputs = float64_outputs(training, inputs)
+        except Exception as error:  # a network raises what it likes
+            raise TraceError(f"the network does not run on {_OWN_BATCH.format(len(inputs))} ({error})") from error
+        for output in outputs:
+            if len(output) != len(inputs):
+                raise TraceError(f"the network gives {len(output)} results for {_OWN_BATCH.format(len(inputs))}")
+        return cls(inputs, outputs, images, image_outputs)
+
+    def suited_to(self, precision: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The inputs and outputs to judge ``precision`` by: the images for int8, if there are any."""
+        if precision == "int8" and self.images is not None:
+            return self.images, self.image_outputs
+        return self.inputs, self.outputs
 
     def again(self, training: fx.GraphModule) -> Golden:
-        """The same inputs with logits computed anew."""
-        image_logits = evaluate(training, self.images)["output"] if self.images is not None else None
-        return Golden(self.inputs, evaluate(training, self.inputs)["output"], self.images, image_logits)
+        """The same inputs with outputs computed anew."""
+        return self._computed(training, self.inputs, self.images)
 
     def save(self) -> bytes:
         """As the bytes of a safetensors file."""
         from safetensors.torch import save
 
-        tensors = {"input": self.inputs, "logits": self.logits}
-        if self.images is not None and self.image_logits is not None:
-            tensors |= {"images": self.images, "image_logits": self.image_logits}
-        return save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        tensors = {"input": self.inputs, **_numbered("logits", self.outputs)}
+        if self.images is not None:
+            tensors |= {"images": self.images, **_numbered("image_logits", self.image_outputs)}
+        # Copies: two outputs may be one tensor.
+        return save({name: tensor.contiguous().clone() for name, tensor in tensors.items()})
 
     @classmethod
     def load(cls, bundle: Bundle) -> Golden:
@@ -68,8 +86,20 @@ class Golden:
 
         try:
             tensors = load(bundle.checked(GOLDEN, {GOLDEN: bundle.verification["golden"]}))
-            return cls(tensors["input"], tensors["logits"], tensors.get("images"), tensors.get("image_logits"))
+            images, count = tensors.get("images"), len(bundle.outputs)
+            image_outputs = () if images is None else _read(tensors, "image_logits", count)
+            return cls(tensors["input"], _read(tensors, "logits", count), images, image_outputs)
         except FoldgroupError:
             raise
         except Exception as error:
             raise BundleError(f"{bundle.path / GOLDEN}: not the golden inputs ({error}); compile again") from error
+
+
+def _numbered(name: str, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    if len(outputs) == 1:
+        return {name: outputs[0]}
+    return {f"{name}.{i}": output for i, output in enumerate(outputs)}
+
+
+def _read(tensors: Mapping[str, Tensor], name: str, count: int) -> tuple[Tensor, ...]:
+    return (tensors[name],) if count == 1 else tuple(tensors[f"{name}.{i}"] for i in range(count))

@@ -6,19 +6,24 @@ folded graph and not estimated; nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
-from foldgroup.bundle import read_bundle
-from foldgroup.checkpoint import load_checkpoint
+from torch import Tensor, nn
+
+from foldgroup.bundle import classes_of, read_bundle
+from foldgroup.checkpoint import load_network
 from foldgroup.dialects import GateOrder, ZeroGates
 from foldgroup.errors import BundleError
-from foldgroup.folding import fold
+from foldgroup.folding import fold, shape_like
 from foldgroup.grouping import GroupWidths
 from foldgroup.manifest import manifest_of
+from foldgroup.own_model import ModelSource
+
+Kind: TypeAlias = Literal["checkpoint", "module", "bundle"]
 
 UNIFORM = 32
 """The uniform group count that learned groups are compared with: that of ResNeXt 32×4d and 32×8d."""
@@ -69,7 +74,7 @@ class LayerInspection(GroupWidths):
 
 @dataclass(frozen=True)
 class Inspection:
-    """A network with learned groups. ``macs_…`` are of the whole network, for one image of ``input_shape`` [C, H, W].
+    """A network with learned groups. ``macs_…`` are of the whole network, for one input of ``input_shape`` [C, …].
 
     ``params_training`` count batch norm and leave gates out; the folded form has no batch norm left. ``notes`` are what
     a user should know about how a checkpoint was read.
@@ -77,19 +82,22 @@ class Inspection:
 
     name: str
     """The file's or folder's name, without the path to it."""
-    kind: Literal["checkpoint", "bundle"]
+    kind: Kind
     sha256: str
     """Of the checkpoint."""
     dialect: str
     arch: str
-    input_shape: tuple[int, int, int]
-    classes: int
+    input_shape: tuple[int, ...]
+    classes: int | None
+    """None unless the only output is [N, classes]."""
     layers: tuple[LayerInspection, ...]
     macs_training: int
     macs_nominal: int
     macs_executed: int
     params_training: int
     params_folded: int
+    outputs: tuple[tuple[str, tuple[int | str, ...]], ...] = ()
+    """Name and shape of each, the batch first."""
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -104,8 +112,8 @@ class Inspection:
 
     @property
     def equivalent_b(self) -> float:
-        """The b of ζ = Σ C_in·C_out / b: so many uniform groups would leave as many ones."""
-        return self.dense_zeta / self.zeta
+        """The b of ζ = Σ C_in·C_out / b: so many uniform groups would leave as many ones. 1 where none were learned."""
+        return self.dense_zeta / self.zeta if self.zeta else 1.0
 
     @cached_property
     def learned_macs(self) -> int:
@@ -132,12 +140,13 @@ class Inspection:
             "checkpoint": {"sha256": self.sha256, "dialect": self.dialect, "arch": self.arch},
             "input_shape": list(self.input_shape),
             "classes": self.classes,
+            "outputs": [{"name": name, "shape": list(shape)} for name, shape in self.outputs],
             "layers": [layer.as_dict() for layer in self.layers],
             "learned_layers": {
                 "macs": self.learned_macs,
                 "dense_macs": self.learned_dense_macs,
-                "macs_over_dense": self.learned_macs / self.learned_dense_macs,
-                "macs_over_32_groups": None if uniform is None else self.learned_macs / uniform,
+                "macs_over_dense": self.learned_macs / self.learned_dense_macs if self.layers else None,
+                "macs_over_32_groups": self.learned_macs / uniform if uniform else None,
             },
             "zeta": self.zeta,
             "dense_zeta": self.dense_zeta,
@@ -149,37 +158,45 @@ class Inspection:
 
 
 def inspect(
-    path: str | Path,
+    path: str | Path | nn.Module,
     *,
     arch: str | None = None,
     gate_order: GateOrder = "stored",
     zero_gates: ZeroGates | None = None,
+    model: ModelSource | None = None,
+    input_size: int | None = None,
+    example_input: Tensor | Sequence[int] | None = None,
 ) -> Inspection:
-    """Describe the checkpoint file or the bundle folder at ``path``.
+    """Describe the checkpoint file or the bundle folder at ``path``, or a module.
 
-    The options say how to read a checkpoint, as in :func:`foldgroup.checkpoint.load_checkpoint`; a bundle takes none.
+    The options say how to read a checkpoint, as in :func:`foldgroup.compile`; a bundle takes none.
 
     Raises:
         CheckpointError: if a file is no usable checkpoint.
         BundleError: if a folder is no bundle, or is given options.
         TraceError, PassError, EquivalenceError: if the checkpoint's network cannot be folded.
     """
-    path = Path(path)
-    if path.is_dir():
-        if (arch, gate_order, zero_gates) != (None, "stored", None):
+    if not isinstance(path, nn.Module) and Path(path).is_dir():
+        path = Path(path)
+        if (arch, gate_order, zero_gates, model, input_size) != (
+            None,
+            "stored",
+            None,
+            None,
+            None,
+        ) or example_input is not None:
             raise BundleError(
-                f"{path}: a bundle's gates were read when it was compiled; "
-                "give --arch, --gate-order and --zero-gates with the checkpoint"
+                f"{path}: a bundle's gates and network were read when it was compiled; give --arch, --gate-order, "
+                "--zero-gates, --model and the input's shape with the checkpoint"
             )
         return _from_manifest(path.name, "bundle", read_bundle(path).manifest)
-    checkpoint = load_checkpoint(path, arch=arch, gate_order=gate_order, zero_gates=zero_gates)
+    checkpoint = load_network(path, arch=arch, gate_order=gate_order, zero_gates=zero_gates, model=model)
+    folded = fold(checkpoint, input_size=input_size, input_shape=shape_like(example_input))
+    kind: Kind = "module" if checkpoint.dialect == "module" else "checkpoint"
+    return _from_manifest(checkpoint.path.name, kind, manifest_of(checkpoint, folded), checkpoint.notes)
 
-    return _from_manifest(path.name, "checkpoint", manifest_of(checkpoint, fold(checkpoint)), checkpoint.notes)
 
-
-def _from_manifest(
-    name: str, kind: Literal["checkpoint", "bundle"], manifest: Mapping[str, Any], notes: tuple[str, ...] = ()
-) -> Inspection:
+def _from_manifest(name: str, kind: Kind, manifest: Mapping[str, Any], notes: tuple[str, ...] = ()) -> Inspection:
     """From a manifest, or as much of one as a checkpoint gives before it is compiled."""
     _, *shape = manifest["input"]["shape"]
     fields = LayerInspection.__dataclass_fields__
@@ -190,8 +207,9 @@ def _from_manifest(
         sha256=manifest["checkpoint"]["sha256"],
         dialect=manifest["checkpoint"]["dialect"],
         arch=manifest["checkpoint"]["arch"],
-        input_shape=(shape[0], shape[1], shape[2]),
-        classes=manifest["output"]["shape"][1],
+        input_shape=tuple(shape),
+        classes=classes_of(manifest),
+        outputs=tuple((output["name"], tuple(output["shape"])) for output in manifest.get("outputs", ())),
         layers=tuple(LayerInspection(**{**layer, "gate_bits": tuple(layer["gate_bits"])}) for layer in layers),
         macs_training=manifest["macs"]["training"],
         macs_nominal=manifest["macs"]["nominal"],

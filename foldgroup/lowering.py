@@ -26,7 +26,7 @@ from foldgroup.emit.sensitivity import most_sensitive
 from foldgroup.errors import EquivalenceError, TargetError
 from foldgroup.folding import Folded
 from foldgroup.measure import layer_costs
-from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.nn.dgconv import DGConv
 from foldgroup.trace import called_module
 
 INT8_WIDTH = 4
@@ -62,7 +62,7 @@ class Form:
     """A folded graph as one precision needs it, without the dense kernels that it came from."""
 
     graph: fx.GraphModule
-    input_shape: tuple[int, int, int, int]
+    input_shape: tuple[int, ...]
     facts: dict[str, Any]
     """For the manifest: multiply-adds of one image, in all and in the learned layers, and packed groups."""
 
@@ -83,7 +83,7 @@ def form_for(precision: str, folded: Folded) -> Form:
         if not certificate.holds:
             raise EquivalenceError(f"packing groups for {precision}: {certificate.failure}")
     training = folded.training
-    learned = {str(n.target) for n in training.graph.nodes if isinstance(called_module(training, n), DGConv2d)}
+    learned = {str(n.target) for n in training.graph.nodes if isinstance(called_module(training, n), DGConv)}
     costs = layer_costs(graph)
     facts: dict[str, Any] = {
         "macs": sum(cost.macs for cost in costs),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from math import prod
 from typing import Any
 
 from foldgroup.bundle import SCHEMA
 from foldgroup.checkpoint import Checkpoint
-from foldgroup.emit.onnx import BATCH, INPUT, OUTPUT
+from foldgroup.emit.onnx import BATCH, INPUT
 from foldgroup.folding import Folded
 from foldgroup.measure import layer_costs, macs, params
-from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.nn.dgconv import DGConv
+from foldgroup.outputs import outputs_of
 from foldgroup.trace import called_module, shape_of
 
 
@@ -22,20 +24,24 @@ def manifest_of(
     executed = macs(folded.folded)
     packed = sum(layer["executed_macs"] - layer["macs"] for layer in layers)
     ledger = folded.result.ledger
-    output_shape = shape_of(folded.folded.graph.output_node().all_input_nodes[0])
     free = batch or BATCH
+    outputs = [{"name": name, "shape": [free, *shape_of(node)[1:]]} for name, node in outputs_of(folded.folded).items()]
     return {
         "schema": SCHEMA,
         "checkpoint": {"sha256": checkpoint.sha256, "dialect": checkpoint.dialect, "arch": checkpoint.arch},
         "input": {"name": INPUT, "shape": [free, *folded.input_shape[1:]]},
-        "output": {"name": OUTPUT, "shape": [free, *output_shape[1:]]},
+        **({"output": outputs[0]} if len(outputs) == 1 else {}),
+        "outputs": outputs,
         "precision": precision,
         "versions": {name: version(name) for name in ("foldgroup", "onnx", "onnxscript", "torch")},
         "layers": layers,
         "shuffles": {
-            "inserted": len(ledger),
+            "inserted": sum(entry.put_in_by == "folding" for entry in ledger),
+            "own": sum(entry.put_in_by == "network" for entry in ledger),
+            "placed": sum(entry.put_in_by == "plan" for entry in ledger),
             "absorbed": sum(entry.fate == "absorbed" for entry in ledger),
             "cancelled": sum(entry.fate == "cancelled" for entry in ledger),
+            "coarsened": sum(entry.fate == "coarsened" for entry in ledger),
             "kept": [{"node": entry.node, "reason": entry.reason} for entry in ledger if entry.fate == "kept"],
         },
         "macs": {"training": macs(folded.training), "nominal": executed - packed, "executed": executed},
@@ -50,14 +56,12 @@ def _learned_layers(folded: Folded) -> list[dict[str, Any]]:
     layers = []
     for node in folded.training.graph.nodes:
         layer = called_module(folded.training, node)
-        if not isinstance(layer, DGConv2d):
+        if not isinstance(layer, DGConv):
             continue
         name = str(node.target)
         groups = layer.grouping.groups
         _, out_channels, *positions = shape_of(node)
-        dense = out_channels * layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
-        for n in positions:
-            dense *= n
+        dense = out_channels * layer.in_channels * prod(layer.kernel_size) * prod(positions)
         layers.append(
             {
                 "name": name,

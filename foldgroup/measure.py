@@ -1,8 +1,9 @@
 """What a network costs: multiply-adds, parameters, time and memory, and the machine they were measured on.
 
 **Costs** are counted from a graph whose nodes carry shapes. A convolution makes H_out·W_out·C_out results per image and
-each takes kH·kW·C_in/G multiply-adds; a transposed one spends kH·kW·C_out/G on each of its H_in·W_in·C_in inputs; a
-linear layer spends C_in on each result. MACs are always for one image; FLOPs = 2·MACs.
+each takes kH·kW·C_in/G multiply-adds; a transposed one spends kH·kW·C_out/G on each of its H_in·W_in·C_in inputs;
+likewise in one and three dimensions. A linear layer spends C_in on each result. MACs are always for one image;
+FLOPs = 2·MACs.
 
 **Time.** A machine drifts: its clock, its temperature and its other work change within seconds, often by more than the
 difference sought. Measuring one network after another mistakes that drift for a difference. So every round runs each
@@ -37,26 +38,32 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import fx, nn
+from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 
 from foldgroup.errors import TraceError
-from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.nn.dgconv import DGConv
 
 RESAMPLES = 2000
 """Bootstrap resamples behind every interval."""
 
-_CountedLayer = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+_CONV_CALLS = (functional.conv1d, functional.conv2d, functional.conv3d)
+_TRANSPOSED_CALLS = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+_COUNTED_CALLS = (*_CONV_CALLS, *_TRANSPOSED_CALLS, functional.linear)
+
+Kind = Literal["conv", "conv_transpose", "linear"]
 
 
 @dataclass(frozen=True)
 class LayerCost:
     """What one call of a layer costs for one image.
 
-    A layer called twice has two entries, and its parameters stand in both. ``groups`` of a DGConv2d is 1: as trained,
-    it pays for the dense kernel. ``params`` leaves its gates out.
+    A layer called twice has two entries, and its parameters stand in both. ``groups`` of a DGConv is 1: as trained, it
+    pays for the dense kernel. ``params`` leaves its gates out. A functional call is named after its node.
     """
 
     name: str
-    kind: Literal["conv", "conv_transpose", "linear"]
+    kind: Kind
     in_channels: int
     out_channels: int
     groups: int
@@ -65,10 +72,11 @@ class LayerCost:
 
 
 def layer_costs(graph: fx.GraphModule) -> tuple[LayerCost, ...]:
-    """Every call of a Conv2d, ConvTranspose2d or Linear layer in ``graph``, in the order they run.
+    """Every convolution, transposed convolution and linear layer that ``graph`` runs, in order, in any dimensions.
 
-    Nodes carry their shape in ``meta["shape"]`` (batch first), as :func:`foldgroup.trace.trace` leaves them. Only
-    layers count: normalisation, pooling, additions and functional calls do not.
+    Nodes carry their shape in ``meta["shape"]`` (batch first), as :func:`foldgroup.trace.trace` leaves them. Layers
+    count, and the calls of :mod:`torch.nn.functional` whose weight is a tensor of the network's; normalisation,
+    pooling, additions and calls with a computed weight do not.
 
     Raises:
         TraceError: if a shape that is needed is missing.
@@ -76,23 +84,48 @@ def layer_costs(graph: fx.GraphModule) -> tuple[LayerCost, ...]:
     costs = []
     for node in graph.graph.nodes:
         layer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(layer, _CountedLayer):
+        if isinstance(layer, _ConvNd | nn.Linear):
             costs.append(_layer_cost(node, layer))
+        elif node.op == "call_function" and node.target in _COUNTED_CALLS:
+            weight = _argument(node, 1, "weight")
+            if isinstance(weight, fx.Node) and weight.op == "get_attr":
+                costs.append(_call_cost(graph, node, weight))
     return tuple(costs)
 
 
-def _layer_cost(node: fx.Node, layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear) -> LayerCost:
-    name = str(node.target)
+def _layer_cost(node: fx.Node, layer: _ConvNd | nn.Linear) -> LayerCost:
+    kind: Kind = "linear" if isinstance(layer, nn.Linear) else "conv_transpose" if layer.transposed else "conv"
     params = sum(p.numel() for key, p in layer.named_parameters() if not _is_gate(layer, key))
-    if isinstance(layer, nn.Linear):
-        macs = math.prod(_shape(node)[1:]) * layer.in_features
-        return LayerCost(name, "linear", layer.in_features, layer.out_features, 1, macs, params)
-    # weight is [C_out, C_in/G, kH, kW]; that of a transposed convolution [C_in, C_out/G, kH, kW]
-    transposed = isinstance(layer, nn.ConvTranspose2d)
-    positions = _shape(node.all_input_nodes[0] if transposed else node)[2:]
-    macs = math.prod(positions) * layer.weight.numel()
-    kind: Literal["conv", "conv_transpose"] = "conv_transpose" if transposed else "conv"
-    return LayerCost(name, kind, layer.in_channels, layer.out_channels, layer.groups, macs, params)
+    return _cost(str(node.target), kind, node, tuple(layer.weight.shape), getattr(layer, "groups", 1), params)
+
+
+def _call_cost(graph: fx.GraphModule, node: fx.Node, weight: fx.Node) -> LayerCost:
+    kind: Kind = "linear" if node.target is functional.linear else "conv"
+    if node.target in _TRANSPOSED_CALLS:
+        kind = "conv_transpose"
+    groups = 1 if kind == "linear" else _argument(node, 6, "groups", 1)
+    assert isinstance(groups, int)
+    held = (_attribute(graph, n) for n in (weight, _argument(node, 2, "bias")) if isinstance(n, fx.Node))
+    params = sum(tensor.numel() for tensor in held if isinstance(tensor, nn.Parameter))
+    return _cost(node.name, kind, node, _shape(weight), groups, params)
+
+
+def _cost(name: str, kind: Kind, node: fx.Node, weight: tuple[int, ...], groups: int, params: int) -> LayerCost:
+    """``weight`` is the shape [C_out, C_in/G, …]; that of a transposed convolution [C_in, C_out/G, …]."""
+    rows, columns = (1, *weight)[-2:] if kind == "linear" else (weight[0], weight[1] * groups)
+    if kind == "linear":  # its weight may be one row without an axis for it
+        return LayerCost(name, kind, columns, rows, 1, math.prod(_shape(node)[1:]) * columns, params)
+    transposed = kind == "conv_transpose"
+    over = _argument(node, 0, "input") if transposed else node
+    assert isinstance(over, fx.Node)
+    positions = _shape(over)[2 - len(weight) :]
+    ins, outs = (rows, columns) if transposed else (columns, rows)
+    return LayerCost(name, kind, ins, outs, groups, math.prod(positions) * math.prod(weight), params)
+
+
+def _argument(node: fx.Node, position: int, name: str, default: object = None) -> object:
+    """An argument of a call, whether it is given by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
@@ -103,7 +136,7 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def _is_gate(module: nn.Module, parameter: str) -> bool:
-    return isinstance(module, DGConv2d) and parameter == "gate"
+    return isinstance(module, DGConv) and parameter == "gate"
 
 
 def macs(graph: fx.GraphModule) -> int:
@@ -123,7 +156,7 @@ def grouped_macs(costs: Iterable[LayerCost]) -> int:
 def params(graph: fx.GraphModule) -> int:
     """Parameters that ``graph`` uses, each counted once however often it is used.
 
-    Gates of DGConv2d are left out: they end as a few bits, which the paper discards after training.
+    Gates of DGConv layers are left out: they end as a few bits, which the paper discards after training.
     """
     return sum(parameter.numel() for parameter in {id(p): p for p in _parameters(graph)}.values())
 
@@ -135,10 +168,14 @@ def _parameters(graph: fx.GraphModule) -> Iterator[nn.Parameter]:
             for module in graph.get_submodule(str(node.target)).modules():
                 yield from (p for key, p in module.named_parameters(recurse=False) if not _is_gate(module, key))
         elif node.op == "get_attr":
-            owner, _, key = str(node.target).rpartition(".")
-            value = getattr(graph.get_submodule(owner), key)
+            value = _attribute(graph, node)
             if isinstance(value, nn.Parameter):
                 yield value
+
+
+def _attribute(graph: fx.GraphModule, node: fx.Node) -> object:
+    owner, _, key = str(node.target).rpartition(".")
+    return getattr(graph.get_submodule(owner), key, None)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,23 @@ class BatchType(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
         return numbers[0] if len(numbers) == 1 else numbers
 
 
+class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
+    """The shape of one input; it becomes that of a batch of one."""
+
+    name = "C,H,W"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A tuple [1, C, …]."""
+        if not isinstance(value, str):
+            return value
+        sizes = value.replace("x", ",").split(",")
+        if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+            self.fail(
+                f"{value!r} is no shape of one input: give C,H,W or C,L or C,D,H,W, such as 3,224,224", param, ctx
+            )
+        return (1, *map(int, sizes))
+
+
 def names(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
     """The values of an option that is given several times, or with commas."""
     return tuple(name.strip() for part in value for name in part.split(",") if name.strip())
@@ -48,9 +65,24 @@ def _group(*options: Callable[[F], F]) -> Callable[[F], F]:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 
-input_size_option = click.option(
-    "--input-size", type=click.IntRange(1), help="Height and width of the input.  [default: as trained]"
+model_option = click.option(
+    "--model",
+    metavar="MODULE:FUNCTION",
+    help="Function that returns the network whose weights CHECKPOINT holds, such as nets.mine:build; it is imported "
+    "from the current folder or an installed package.",
 )
+
+input_options = _group(
+    click.option(
+        "--input-size",
+        type=click.IntRange(1),
+        help="Height and width of the input.  [default: as trained; with --model, 224]",
+    ),
+    click.option(
+        "--input-shape", "example_input", type=ShapeType(), help="Shape of one input that is no square image."
+    ),
+)
+"""What a network takes."""
 
 run_on_option = click.option(
     "--target",
@@ -75,6 +107,7 @@ reading_options = _group(
         type=click.Choice(["identity", "ones"]),
         help="What a gate of exactly 0 in a public DGConv checkpoint means; without it, such a file is refused.",
     ),
+    model_option,
 )
 """How to read a checkpoint."""
 

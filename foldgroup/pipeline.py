@@ -12,18 +12,18 @@ import hashlib
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from importlib.metadata import entry_points
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
 from foldgroup.errors import EquivalenceError, PassError, TraceError
-from foldgroup.forms import ChannelShuffle, MaskedConv2d, settings
-from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.forms import ChannelShuffle, MaskedConv, settings
+from foldgroup.nn.dgconv import DGConv
 from foldgroup.purity import impurity
 from foldgroup.trace import attach_shapes, called_module, shape_of
 
@@ -35,19 +35,19 @@ class Stage(IntEnum):
     """How far a graph has come; each stage forbids what earlier ones allow."""
 
     TRAINING = 0
-    """DGConv2d: gates not read."""
+    """DGConv: gates not read."""
     DECODED = 1
-    """No DGConv2d: masks are constants."""
+    """No DGConv: masks are constants."""
     SHUFFLE = 2
-    """No MaskedConv2d: grouped convolutions between channel shuffles."""
+    """No MaskedConv: grouped convolutions between channel shuffles."""
     FOLDED = 3
     """The shuffles that are left are left for a reason."""
 
 
 _FORBIDDEN = {
-    Stage.DECODED: (DGConv2d,),
-    Stage.SHUFFLE: (DGConv2d, MaskedConv2d),
-    Stage.FOLDED: (DGConv2d, MaskedConv2d),
+    Stage.DECODED: (DGConv,),
+    Stage.SHUFFLE: (DGConv, MaskedConv),
+    Stage.FOLDED: (DGConv, MaskedConv),
 }
 
 
@@ -65,9 +65,11 @@ class ShuffleEntry:
 
     node: str
     channels: int
-    fate: Literal["absorbed", "cancelled", "kept"]
+    fate: Literal["absorbed", "cancelled", "coarsened", "kept"]
     reason: str
-    """The layers that took it up, the shuffles it met, or why it stays."""
+    """The layers that took it up, the shuffles it met, the layer that runs fewer groups instead, or why it stays."""
+    put_in_by: Literal["folding", "network", "plan"] = "folding"
+    """Folding a layer, the network itself, or the plan, which may choose another place."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class PassResult:
     rewrites: tuple[Note, ...] = ()
     skips: tuple[Note, ...] = ()
     ledger: tuple[ShuffleEntry, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What else there is to tell, as a JSON document."""
 
 
 class Pass(ABC):
@@ -115,6 +119,7 @@ class PassRecord:
     nodes: int
     seconds: float
     error: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,7 @@ class Pipeline:
                 len(result.graph.graph.nodes),
                 seconds,
                 difference,
+                result.details,
             )
             records.append(record)
             graph = result.graph

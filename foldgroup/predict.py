@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from foldgroup.bundle import Bundle, read_bundle
-from foldgroup.errors import BundleError, EquivalenceError, RunnerError
+from foldgroup.errors import EquivalenceError, RunnerError
 from foldgroup.images import BATCH, preprocessing_of, read_batch
 from foldgroup.run.base import Runner, run_all
 from foldgroup.targets import Variant, find_target, make_runner, parse_variants
@@ -63,15 +63,13 @@ def predict(runner: Runner, bundle: Bundle, images: Sequence[Path], top: int = 5
     :func:`foldgroup.images.read_image` says.
 
     Raises:
-        BundleError: if the network takes no RGB images.
+        BundleError: if the network takes no RGB images, or does not classify them.
         ImageError: naming the first image that cannot be read.
         RunnerError: if the network does not run.
         EquivalenceError: if it gives no numbers.
     """
+    bundle.check_classifier()
     preprocessing, names = preprocessing_of(bundle)
-    channels, *_ = bundle.input_shape
-    if channels != 3:
-        raise BundleError(f"{bundle.path}: images have 3 channels, the network takes {channels}")
     runs_on = "{runtime} {precision} ({provider})".format(**runner.describe())
     predictions = []
     for start in range(0, len(images), BATCH):

@@ -19,15 +19,30 @@ from torch import fx, nn
 from torch.fx.graph import inplace_methods
 from torch.nn import functional
 
-from foldgroup.forms import ChannelShuffle, MaskedConv2d
-from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.forms import (
+    CONVS,
+    TRANSPOSED_CONVS,
+    ChannelSelect,
+    ChannelShuffle,
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+)
+from foldgroup.nn.dgconv import DGConv1d, DGConv2d, DGConv3d
 from foldgroup.trace import called_module, is_no_op
 
 _IN_PLACE_OPERATORS = {getattr(operator, name) for name in inplace_methods}
 
-_WITH_WEIGHTS = {nn.Conv2d, DGConv2d, MaskedConv2d, nn.Linear, nn.BatchNorm2d, nn.PReLU}
-_ACTIVATIONS = {nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Hardswish, nn.Sigmoid, nn.Tanh}
-_POOLINGS = {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d}
+_WITH_WEIGHTS = {
+    ChannelSelect,
+    *(*CONVS, *TRANSPOSED_CONVS, DGConv1d, DGConv2d, DGConv3d, MaskedConv1d, MaskedConv2d, MaskedConv3d, nn.Linear),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.PReLU),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+}
+_ACTIVATIONS = {
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.ELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh),
+}
+_POOLINGS = {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool1d, nn.AvgPool1d, nn.MaxPool3d, nn.AvgPool3d}
 _ARITHMETIC = {operator.add, operator.mul, operator.sub, torch.add, torch.mul, torch.sub, torch.cat, torch.mean}
 _FUNCTIONALS = {torch.relu, torch.sigmoid, torch.tanh, functional.relu, functional.silu}
 _NEW = _WITH_WEIGHTS | _ACTIVATIONS | _POOLINGS | _ARITHMETIC | _FUNCTIONALS

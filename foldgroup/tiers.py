@@ -22,7 +22,8 @@ from foldgroup.equivalence import (
 )
 from foldgroup.errors import EquivalenceError, UnavailableError
 from foldgroup.golden import Golden
-from foldgroup.run.base import Runner, run_all
+from foldgroup.outputs import outputs_of
+from foldgroup.run.base import Runner, all_outputs
 from foldgroup.targets import Variant, find_target, make_runner, missing
 from foldgroup.trace import evaluate_rounded
 
@@ -46,24 +47,25 @@ class Tiers:
 
 
 def run_tier(variant: Variant, runner: Runner, golden: Golden) -> TierResult:
-    """Run the golden inputs that suit the precision, and compare with the training form's float64 logits.
+    """Run the golden inputs that suit the precision, and compare with the training form's float64 outputs.
 
     Raises:
         RunnerError: if the runtime refuses the inputs.
         EquivalenceError: if the outputs are of another shape or not finite.
     """
     inputs, reference = golden.suited_to(variant.precision)
-    return tier_of(str(variant), variant.precision, run_all(runner, inputs.numpy()), reference.numpy())
+    outputs = all_outputs(runner, inputs.numpy())
+    return tier_of(str(variant), variant.precision, outputs, [output.numpy() for output in reference])
 
 
-def tier_of(name: str, precision: str, outputs: Array, reference: Array) -> TierResult:
-    """Outputs [N, classes] against float64 ones, by the limits of ``precision``.
+def tier_of(name: str, precision: str, outputs: Sequence[Array], reference: Sequence[Array]) -> TierResult:
+    """Outputs against float64 ones, by the limits of ``precision``.
 
     Raises:
         EquivalenceError: if the outputs are of another shape or not finite; the message begins with ``name``.
     """
     try:
-        return TierResult(name, ErrorStatistics.of(outputs, reference), LIMITS[precision], precision)
+        return TierResult(name, ErrorStatistics.of_all(outputs, reference), LIMITS[precision], precision)
     except EquivalenceError as error:
         raise EquivalenceError(f"{name}: {error}; keep layers in float with --keep-float, or use bf16") from error
 
@@ -110,9 +112,9 @@ def rounded_tier(
             f"{overflows} overflows in {precision}: keep it in float with --keep-float {overflows}, or use bf16"
         )
     inputs, reference = golden.suited_to(precision)
-    last = graph.graph.output_node().all_input_nodes[0].name
-    outputs = evaluate_rounded(graph, inputs, DTYPES[precision], keep_float)[last]
-    return tier_of(f"rounded {precision}", precision, outputs.numpy(), reference.numpy())
+    values = evaluate_rounded(graph, inputs, DTYPES[precision], keep_float)
+    outputs = [values[node.name].numpy() for node in outputs_of(graph).values()]
+    return tier_of(f"rounded {precision}", precision, outputs, [output.numpy() for output in reference])
 
 
 def layer_errors(

@@ -1,4 +1,4 @@
-"""From a module to a graph: torch.fx, DGConv2d kept whole, every node's shape and origin attached.
+"""From a module to a graph: torch.fx, DGConv kept whole, every node's shape and origin attached.
 
 Two entries of ``node.meta`` are foldgroup's own:
 
@@ -22,7 +22,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foldgroup.errors import TraceError
-from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.nn.dgconv import DGConv
+from foldgroup.untraceable import why
 
 
 class _Proxy(fx.Proxy):
@@ -45,36 +46,34 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    """Keeps torch's own layers and DGConv2d as single nodes."""
+    """Keeps torch's own layers and DGConv as single nodes."""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, DGConv2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, DGConv) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
-    """The graph of ``model`` in evaluation mode for one input of ``input_shape`` [N, C, H, W].
+    """The graph of ``model`` in evaluation mode for one input of ``input_shape`` [N, C, …].
 
     Parameters are shared with ``model``, which is left as it was but for ``eval()``.
 
     Raises:
-        TraceError: if the model's control flow depends on its input, if it takes more than one input, or if it does not
-            accept this shape.
+        TraceError: if the model's control flow depends on its input (naming the line), if it takes more than one input,
+            or if it does not accept this shape.
     """
     model.eval()
     try:
         graph = fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
     except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} cannot be traced: {error}. "
-            "Move what depends on the values of tensors out of forward()"
-        ) from error
+        raise TraceError(why(type(model).__name__, error)) from error
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
+        names = ", ".join(str(node.target) for node in inputs) or "none"
         raise TraceError(
-            f"{type(model).__name__} takes {len(inputs)} inputs: wrap it in a module that takes one tensor"
+            f"{type(model).__name__} takes {len(inputs)} inputs ({names}): wrap it in a module that takes one tensor"
         )
     for node in graph.graph.nodes:
         node.meta = {"origin": node.name}
@@ -115,8 +114,8 @@ class _Shapes(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
-        if isinstance(module, DGConv2d):  # the mask does not change the shape, and takes long to make
-            return nn.Conv2d.forward(module, *args, **kwargs)
+        if isinstance(module, DGConv):  # the mask does not change the shape, and takes long to make
+            return super(DGConv, module).forward(*args, **kwargs)
         return super().call_module(target, args, kwargs)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

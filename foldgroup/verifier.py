@@ -1,8 +1,8 @@
 """Verifying a bundle: is what stands in it still the network that was trained.
 
-Without the checkpoint: every file has its recorded hash, and every runtime at hand reproduces the golden float64 logits
-in every precision. With it, everything is done again from the checkpoint: the passes, the certificate, the weights in
-the ONNX files, the float64 tier, the runtime tiers, and the error of every layer. With labelled images: accuracy, and
+Without the checkpoint: every file has its recorded hash, and every runtime at hand gives the golden float64 outputs in
+every precision. With it, everything is done again from the checkpoint: the passes, the certificate, the weights in the
+ONNX files, the float64 tier, the runtime tiers, and the error of every layer. With labelled images: accuracy, and
 agreement with the training form in float64.
 """
 
@@ -16,28 +16,30 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from foldgroup.baked import baked_tier
 from foldgroup.bundle import IMAGE_MODEL, Bundle, read_bundle
-from foldgroup.checkpoint import load_checkpoint
+from foldgroup.checkpoint import load_network
 from foldgroup.emit.onnx import stored_weights_match
 from foldgroup.equivalence import (
     FLOAT64_LIMIT,
     TierResult,
     first_layer_over,
     float64_error,
+    float64_outputs,
     worst_layer,
 )
-from foldgroup.errors import EquivalenceError, RunnerError, UnavailableError
+from foldgroup.errors import BundleError, EquivalenceError, RunnerError, UnavailableError
 from foldgroup.folding import Folded, fold
 from foldgroup.golden import Golden
 from foldgroup.images import labelled_batches, sample
 from foldgroup.lowering import form_for
+from foldgroup.own_model import ModelSource
 from foldgroup.run import Runner
 from foldgroup.run.base import run_all
 from foldgroup.targets import Variant, make_runner, parse_variants
 from foldgroup.tiers import layer_errors, rounded_tier, run_tier, stand_in, tier_of
-from foldgroup.trace import evaluate
 
 Array = npt.NDArray[Any]
 
@@ -95,13 +97,17 @@ class Verification:
 
 def verify(
     bundle: str | Path,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | nn.Module | None = None,
     *,
+    model: ModelSource | None = None,
     target: Sequence[str] = (),
     data: str | Path | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Verification:
     """Check ``bundle``, against ``checkpoint`` if given, on the labelled images in the folder ``data`` if given.
+
+    ``checkpoint`` may be the module that was compiled. ``model`` names the function that builds a checkpoint's network,
+    if one was named when it was compiled: the bundle knows its name, but no bundle decides what code is run.
 
     ``target`` are names such as ``openvino`` or ``openvino:int8``; by default every target and precision that the
     bundle was compiled for. What cannot run here is reported, and a precision left without a target is judged by its
@@ -112,18 +118,20 @@ def verify(
             check that fails does not raise.
     """
     opened = read_bundle(Path(bundle))
+    if data is not None:
+        opened.check_classifier()
     wanted = parse_variants(target, opened.variants) if target else opened.variants
     result = Verification()
     with _recorded(result, "files"):
         result.checks.append(CheckResult("files", True, f"{opened.check_files()} files have their recorded SHA-256"))
     on_step("files")
     golden = Golden.load(opened)
-    folded = _fold_again(opened, Path(checkpoint), result) if checkpoint is not None else None
+    folded = _fold_again(opened, checkpoint, model, result) if checkpoint is not None else None
     on_step("training form")
     if folded is not None:
         golden = golden.again(folded.training)
         _check_models(opened, folded, result)
-        error = float64_error(golden.logits, folded.folded, golden.inputs)
+        error = float64_error(golden.outputs, folded.folded, golden.inputs)
         finding = f"max error {error:.1e} of the largest output, limit {FLOAT64_LIMIT:.0e}"
         result.checks.append(CheckResult("float64", error <= FLOAT64_LIMIT, finding))
         on_step("float64")
@@ -162,16 +170,24 @@ class _recorded:
         return False
 
 
-def _fold_again(bundle: Bundle, checkpoint: Path, result: Verification) -> Folded | None:
+def _fold_again(
+    bundle: Bundle, checkpoint: str | Path | nn.Module, model: ModelSource | None, result: Verification
+) -> Folded | None:
     options = bundle.passes["options"]
-    loaded = load_checkpoint(
-        checkpoint, arch=options["arch"], gate_order=options["gate_order"], zero_gates=options["zero_gates"]
-    )
+    built_by, shape = options.get("model"), options.get("input_shape")  # older bundles have neither
+    reading = {"arch": options["arch"], "gate_order": options["gate_order"], "zero_gates": options["zero_gates"]}
+    if isinstance(checkpoint, nn.Module):
+        reading = {}
+    elif built_by and model is None:
+        raise BundleError(
+            f"{bundle.path}: its network was built by {built_by}: give that, or what it is now, as --model"
+        )
+    loaded = load_network(checkpoint, **reading, model=model)
     same = loaded.sha256 == bundle.manifest["checkpoint"]["sha256"]
     finding = "the file that was compiled" if same else "not the file that was compiled: judged by its weights alone"
     result.checks.append(CheckResult("checkpoint", True, finding))
     with _recorded(result, "certificate"):
-        folded = fold(loaded, input_size=options["input_size"])
+        folded = fold(loaded, input_shape=shape, input_size=None if shape else options["input_size"])
         counts = folded.certificate
         finding = f"{counts.weights_kept:,} weights bit-equal, {counts.weights_pruned:,} pruned where the mask is zero"
         result.checks.append(CheckResult("certificate", True, finding))
@@ -264,11 +280,7 @@ def _add(result: Verification, what: str, tier: TierResult, variant: Variant | N
     """Record a runtime's tier, with the layer that is off most or, if it failed, the first over the limit."""
     name = f"{tier.name}, {what}"
     result.tiers[name] = tier
-    seen = tier.statistics
-    finding = (
-        f"max error {seen.max_error:.1e}, top-1 agreement {seen.top1_agreement:.2%}, top-5 {seen.top5_agreement:.2%} "
-        f"of {seen.images}"
-    )
+    finding = tier.statistics.summary
     if not tier:
         finding = "; ".join(tier.violations)
         errors = layers.of(tier.precision, openvino=variant is not None and variant.target.module == "openvino")
@@ -291,7 +303,7 @@ def _check_images(
         for variant, runner in runners.items():
             outputs[variant].append(run_all(runner, images.numpy()))
         if layers.folded is not None:
-            references.append(evaluate(layers.folded.training, images)["output"].numpy())
+            references.append(float64_outputs(layers.folded.training, images)[0].numpy())
     classes = np.concatenate(labels)
     reference = np.concatenate(references) if references else None
     for variant, batches in outputs.items():
@@ -302,7 +314,7 @@ def _check_images(
             finding = f"top-1 {accuracy.top1:.2%}, top-5 {accuracy.top5:.2%} of {accuracy.images} images"
             result.checks.append(CheckResult(f"{variant}, accuracy", True, finding))
             if reference is not None:
-                tier = tier_of(str(variant), variant.precision, logits, reference)
+                tier = tier_of(str(variant), variant.precision, [logits], [reference])
                 _add(result, "images", tier, variant, layers)
 
 
@@ -314,9 +326,8 @@ def _check_baked(bundle: Bundle, data: Path, result: Verification) -> None:
         with _recorded(result, name):
             tier = baked_tier(bundle, images)
             result.tiers[name] = tier
-            seen = tier.statistics
-            finding = f"max error {seen.max_error:.1e}, top-1 agreement {seen.top1_agreement:.2%} of {seen.images}"
-            result.checks.append(CheckResult(name, bool(tier), "; ".join(tier.violations) or finding))
+            finding = "; ".join(tier.violations) or tier.statistics.summary
+            result.checks.append(CheckResult(name, bool(tier), finding))
     except RunnerError as error:  # bfloat16, for one
         result.checks.append(CheckResult(name, None, str(error)))
 

@@ -3,19 +3,33 @@
 from foldgroup.pipeline import Pipeline
 from passes.absorb_shuffles import AbsorbShuffles
 from passes.decode_gates import DecodeGates
+from passes.find_groups import FindGroups
 from passes.fold_batchnorm import FoldBatchNorm
 from passes.fold_groups import FoldGroups
 from passes.pack_groups import PackGroups
+from passes.recognise_shuffles import RecogniseShuffles
 from passes.tidy import Tidy
 
-__all__ = ["AbsorbShuffles", "DecodeGates", "FoldBatchNorm", "FoldGroups", "PackGroups", "Tidy", "default_pipeline"]
+__all__ = [
+    "AbsorbShuffles",
+    "DecodeGates",
+    "FindGroups",
+    "FoldBatchNorm",
+    "FoldGroups",
+    "PackGroups",
+    "RecogniseShuffles",
+    "Tidy",
+    "default_pipeline",
+]
 
 
 def default_pipeline() -> Pipeline:
     """The passes of a compile, in order."""
     return Pipeline(
         (
-            DecodeGates(),  # first: everything else works on masks that are constants
+            RecogniseShuffles(),  # before others look: a reshape that takes channels apart stops every order
+            DecodeGates(),  # first of ours: everything else works on masks that are constants
+            FindGroups(),  # before groups are folded, so that those that a kernel's zeros show are folded too
             FoldGroups(),  # needs only a layer's own mask; prunes, so what follows handles small tensors
             # Before batch norm is folded: until here every tensor is the checkpoint's own, moved but not computed with,
             # so the certificate can compare bits. Batch norm follows an order like any per-channel tensor.

@@ -1,14 +1,14 @@
-"""Fold masks into groups: MaskedConv2d → shuffle, grouped convolution, shuffle.
+"""Fold masks into groups: MaskedConv → shuffle, grouped convolution, shuffle, in any number of dimensions.
 
-Given, with p and q the grouping's orders of inputs and outputs, G groups and weight W [C_out, C_in, kH, kW] zero where
-the mask is::
+Given, with p and q the grouping's orders of inputs and outputs, G groups and weight W [C_out, C_in, …] zero where the
+mask is::
 
-    %y = MaskedConv2d(%x)
+    %y = MaskedConv(%x)
 
 Result::
 
     %a = ChannelShuffle(%x)           a = x[:, p]
-    %b = Conv2d(%a, groups=G)         V[o, j] = W[q[o], p[γ·C_in/G + j]] with γ = o div C_out/G
+    %b = Conv(%a, groups=G)           V[o, j] = W[q[o], p[γ·C_in/G + j]] with γ = o div C_out/G
     %y = ChannelShuffle(%b)           y = b[:, q⁻¹]
 
 It is exact: b[:, o] sums W[q[o], p[i]]·x[:, p[i]] over all i, and W vanishes for every i outside group γ, so the G
@@ -16,36 +16,45 @@ blocks V are all there is to sum, and q⁻¹ puts the outputs back where they we
 
 1. Shuffles that are the identity are not inserted (adjacent groups, dense and depthwise layers).
 2. A layer called several times is folded once, with shuffles around each call.
+3. A layer that reads a single example without batch dimension is refused: shuffles act on dimension 1.
 """
 
 from __future__ import annotations
 
-from torch import fx, nn
+from torch import fx
+from torch.nn.modules.conv import _ConvNd
 
 from foldgroup.channel_order import ChannelOrder
-from foldgroup.forms import ChannelShuffle, MaskedConv2d, conv_like
+from foldgroup.errors import PassError
+from foldgroup.forms import ChannelShuffle, MaskedConv, conv_like
 from foldgroup.pipeline import Note, Pass, PassResult, Stage
-from foldgroup.trace import called_module, fork
+from foldgroup.trace import called_module, fork, shape_of
 
 
 class FoldGroups(Pass):
-    """Replace every MaskedConv2d by a grouped Conv2d between the shuffles that make its groups contiguous."""
+    """Replace every MaskedConv by a grouped convolution between the shuffles that make its groups contiguous."""
 
     name = "fold_groups"
     requires = Stage.DECODED
     gives = Stage.SHUFFLE
 
     def run(self, graph: fx.GraphModule) -> PassResult:
-        """Fold every masked convolution."""
+        """Fold every masked convolution.
+
+        Raises:
+            PassError: by rule 3.
+        """
         result = fork(graph)
         rewrites = []
         for node in list(result.graph.nodes):
             target = str(node.target)
             layer = called_module(graph, node)
-            if not isinstance(layer, MaskedConv2d):
+            if not isinstance(layer, MaskedConv):
                 continue
+            if len(shape_of(node)) != layer.weight.ndim:  # rule 3
+                raise PassError(f"{target} reads a tensor without batch dimension: unsqueeze(0) it first")
             grouping = layer.grouping
-            if isinstance(called_module(result, node), MaskedConv2d):  # rule 2
+            if isinstance(called_module(result, node), MaskedConv):  # rule 2
                 result.add_submodule(target, _grouped(layer))
             node.meta["out_order"] = grouping.out_order
             inserted = 0
@@ -70,8 +79,8 @@ class FoldGroups(Pass):
         return PassResult(result, tuple(rewrites))
 
 
-def _grouped(layer: MaskedConv2d) -> nn.Conv2d:
-    """The grouped convolution of the orders' blocks, [C_out, C_in/G, kH, kW]."""
+def _grouped(layer: MaskedConv) -> _ConvNd:
+    """The grouped convolution of the orders' blocks, [C_out, C_in/G, …]."""
     grouping = layer.grouping
     rows = grouping.out_order.index
     columns = grouping.in_order.index.reshape(grouping.groups, grouping.in_width)

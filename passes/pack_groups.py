@@ -1,12 +1,12 @@
 """Pack groups: merge neighbouring groups of a convolution until their width is one that the target likes.
 
-Given, with weight W [C_out, w, kH, kW], G groups of w inputs and v outputs::
+Given, in any number of dimensions, with weight W [C_out, w, …], G groups of w inputs and v outputs::
 
-    %y = Conv2d(%x, groups=G)
+    %y = Conv(%x, groups=G)
 
 Result, for the least m that divides G and makes m·w and m·v multiples of the width asked for::
 
-    %y = Conv2d(%x, groups=G/m)       V[o, j] = W[o, j − w·r]  if w·r ≤ j < w·(r+1), else 0,   r = (o div v) mod m
+    %y = Conv(%x, groups=G/m)         V[o, j] = W[o, j − w·r]  if w·r ≤ j < w·(r+1), else 0,   r = (o div v) mod m
 
 It is exact: V adds products with 0 alone. It costs m times the multiply-adds and is often faster all the same, because
 vector units and tensor cores work on whole widths.
@@ -14,14 +14,16 @@ vector units and tensor cores work on whole widths.
 1. Depthwise layers (w = v = 1) stay: runtimes have kernels of their own for them.
 2. Where no m fits, the layer stays and the reason is noted.
 3. A layer called several times is packed once.
+4. Transposed convolutions stay, and so do subclasses of torch's own, which may compute anything.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import fx, nn
+from torch import fx
+from torch.nn.modules.conv import _ConvNd
 
-from foldgroup.forms import conv_like
+from foldgroup.forms import CONVS, conv_like
 from foldgroup.pipeline import Note, Pass, PassResult, Stage
 from foldgroup.trace import called_module, fork
 
@@ -41,7 +43,10 @@ class PackGroups(Pass):
         rewrites, skips = [], []
         layers = {str(n.target): called_module(graph, n) for n in graph.graph.nodes if n.op == "call_module"}  # rule 3
         for target, layer in layers.items():
-            if not isinstance(layer, nn.Conv2d) or layer.groups == 1:
+            if not isinstance(layer, _ConvNd) or layer.groups == 1:
+                continue
+            if type(layer) not in CONVS:  # rule 4
+                skips.append(Note(target, f"a {type(layer).__name__} is not packed"))
                 continue
             factor = packing_factor(layer, self.multiple)
             if layer.groups == layer.in_channels == layer.out_channels:  # rule 1
@@ -54,14 +59,14 @@ class PackGroups(Pass):
         return PassResult(result, tuple(rewrites), tuple(skips))
 
 
-def packing_factor(conv: nn.Conv2d, multiple: int) -> int | None:
+def packing_factor(conv: _ConvNd, multiple: int) -> int | None:
     """The least m dividing the groups for which both widths become multiples of ``multiple``; None if there is none."""
     width_in, width_out = conv.in_channels // conv.groups, conv.out_channels // conv.groups
     factors = (m for m in range(1, conv.groups + 1) if conv.groups % m == 0)
     return next((m for m in factors if m * width_in % multiple == 0 and m * width_out % multiple == 0), None)
 
 
-def pack(conv: nn.Conv2d, factor: int) -> nn.Conv2d:
+def pack(conv: _ConvNd, factor: int) -> _ConvNd:
     """The same convolution with every ``factor`` neighbouring groups written as one, zeros between them."""
     weight = conv.weight.detach()
     out_channels, width, *kernel = weight.shape

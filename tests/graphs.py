@@ -17,7 +17,9 @@ from torch.nn import functional
 from foldgroup.certificate import certify
 from foldgroup.equivalence import seeded_inputs
 from foldgroup.forms import ChannelShuffle
-from foldgroup.nn import DGConv2d
+from foldgroup.nn import DGConv1d, DGConv2d, DGConv3d
+from foldgroup.nn.dgconv import DGConv
+from foldgroup.outputs import flat
 from foldgroup.pipeline import Pass, PassRecord, Pipeline, PipelineResult, dump
 from foldgroup.trace import called_module, evaluate, trace
 from passes import default_pipeline
@@ -31,11 +33,16 @@ EXACT = 1e-12
 
 
 def learned(
-    in_channels: int, out_channels: int, bits: tuple[int, ...], kernel: int = 3, **settings: object
-) -> DGConv2d:
-    """A DGConv2d whose gates have the given bits."""
+    in_channels: int,
+    out_channels: int,
+    bits: tuple[int, ...],
+    kernel: int = 3,
+    cls: type[DGConv] = DGConv2d,
+    **settings: object,
+) -> DGConv:
+    """A learned layer, a DGConv2d unless told otherwise, whose gates have the given bits."""
     settings = {"padding": kernel // 2, **settings}
-    layer = DGConv2d(in_channels, out_channels, kernel, **settings)
+    layer = cls(in_channels, out_channels, kernel, **settings)
     with torch.no_grad():
         layer.gate.copy_(torch.tensor(bits) * 2.0 - 1)
     return layer
@@ -149,22 +156,120 @@ class SameKeywords(nn.Module):
         return self.head(input=functional.relu(input=x))
 
 
+class Joined(nn.Module):
+    """``x`` and ``body(x)`` side by side, as in a DenseNet."""
+
+    def __init__(self, *body: nn.Module, first: bool = True) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.body(x)] if self.first else [self.body(x), x], dim=1)
+
+
+class Split(nn.Module):
+    """One half of the channels as it is, the other through ``body``, as in a ShuffleNet."""
+
+    def __init__(self, *body: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=1)
+        return torch.cat((left, self.body(right)), dim=1)
+
+
+class ChannelsLast(nn.Module):
+    """``body`` on [N, H, W, C]."""
+
+    def __init__(self, *body: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*body)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Scale(nn.Module):
+    """A parameter that the network reads itself, as ConvNeXt's layer scale."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def interleave(x: Tensor) -> Tensor:
+    """A channel shuffle as ShuffleNet writes it."""
+    n, c, h, w = x.size()
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, -1, h, w)
+
+
+class UNet(nn.Module):
+    """Down, up again by a transposed convolution, and what was there before beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.down, self.bottom = conv(3, 8), learned(8, 8, (1, 1, 0)), learned(8, 12, (1, 0), stride=2)
+        self.up, self.merge, self.head = nn.ConvTranspose2d(12, 8, 2, 2), learned(16, 8, (1, 1, 0)), conv(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = torch.relu(self.down(self.stem(x)))
+        low = torch.relu(self.up(torch.relu(self.bottom(high))))
+        return self.head(torch.relu(self.merge(torch.cat([low, high], 1))))
+
+
+class Pyramid(nn.Module):
+    """A feature pyramid: lateral layers, the coarser map interpolated and added; as many outputs as maps."""
+
+    def __init__(self, pack: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.stem, self.first = conv(3, 8), learned(8, 8, (1, 1, 0))
+        self.second, self.fine, self.coarse = learned(8, 12, (1, 0), stride=2), conv(8, 8), conv(12, 8)
+        self.smooth, self.head = learned(8, 8, (1, 0, 1)), conv(8, 4)
+        self.pack = pack
+
+    def forward(self, x: Tensor) -> object:
+        fine = torch.relu(self.first(self.stem(x)))
+        coarse = self.coarse(torch.relu(self.second(fine)))
+        up = functional.interpolate(coarse, size=fine.shape[-2:], mode="nearest")
+        return self.pack(self.head(self.smooth(self.fine(fine) + up)), self.head(coarse))
+
+
+def convnext(channels: int, width: int) -> Residual:
+    """A ConvNeXt block, with a learned layer in the place of the depthwise one."""
+    return Residual(
+        learned(channels, channels, (1, 1, 0)),
+        ChannelsLast(nn.LayerNorm(channels), nn.Linear(channels, width), nn.GELU(), nn.Linear(width, channels)),
+        Scale(channels, 1, 1),
+    )
+
+
 # ---- the networks ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Case:
-    """A network for inputs [2, channels, size, size], and how many shuffles it has before and after absorption."""
+    """A network for inputs [2, channels, size, …], and how many shuffles it has before and after absorption.
+
+    Of those kept, ``placed`` are where the plan put them; ``coarsened`` are gone because a layer runs fewer groups.
+    """
 
     build: Callable[[], nn.Module]
     inserted: int
     kept: int = 0
     channels: int = 3
     size: int = 5
+    dimensions: int = 2
+    placed: int = 0
+    coarsened: int = 0
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return (2, self.channels, self.size, self.size)
+    def shape(self) -> tuple[int, ...]:
+        return (2, self.channels, *(self.size,) * self.dimensions)
 
 
 def bottleneck(channels: int, width: int, bits: tuple[int, ...]) -> Residual:
@@ -213,13 +318,14 @@ CASES: dict[str, Case] = {
         lambda: nn.Sequential(
             conv(3, 8), Residual(learned(8, 8, (1, 1, 0))), Residual(learned(8, 8, (1, 0, 1))), conv(8, 4)
         ),
-        *(4, 2),
+        *(4, 1),
+        placed=1,
     ),
     "on the input": Case(lambda: nn.Sequential(learned(8, 8, (1, 1, 0)), conv(8, 4)), 2, 1, channels=8),
     "before the output": Case(lambda: nn.Sequential(conv(3, 8), learned(8, 8, (1, 1, 0))), 2, 1),
     "alone": Case(lambda: nn.Sequential(learned(8, 8, (1, 1, 0))), 2, 2, channels=8),
     "norm before the output": Case(
-        lambda: nn.Sequential(conv(3, 8), learned(8, 8, (1, 1, 0)), nn.BatchNorm2d(8)), 2, 1
+        lambda: nn.Sequential(conv(3, 8), learned(8, 8, (1, 1, 0)), nn.BatchNorm2d(8)), 2, 1, placed=1
     ),
     "dense gates": Case(single(8, 8, (1, 1, 1)), 0),
     "depthwise gates": Case(single(8, 8, (0, 0, 0)), 0),
@@ -237,11 +343,11 @@ CASES: dict[str, Case] = {
     "arithmetic": Case(between(Call(lambda x: (2 * x - torch.relu(x)) * x + 1)), 2),
     "in place": Case(between(Call(lambda x: torch.relu(x).mul_(2).add_(x)), relu_()), 2),
     "grouped": Case(between(conv(8, 8, 3, groups=4)), 2, 1),
-    "depth multiplier": Case(between(conv(8, 16, 3, groups=8), conv(16, 8)), 2, 1),
-    "cat": Case(between(Call(lambda x: torch.cat([x, x.neg()], 1)), conv(16, 8)), 2, 1),
+    "depth multiplier": Case(between(conv(8, 16, 3, groups=8), conv(16, 8)), 2),
+    "cat": Case(between(Call(lambda x: torch.cat([x, x.neg()], 1)), conv(16, 8)), 2),
     "chunk": Case(between(Call(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1))), 2, 1),
     "leaf": Case(between(Leaf()), 2, 1),
-    "softmax": Case(between(nn.Softmax(1)), 2, 1),
+    "softmax": Case(between(nn.Softmax(1)), 2),
     "transpose": Case(between(Call(lambda x: x.transpose(1, 2)), nn.ReLU(), conv(5, 8)), 2, 1),
     "flatten 1×1": Case(
         lambda: nn.Sequential(
@@ -249,13 +355,11 @@ CASES: dict[str, Case] = {
         ),
         4,
     ),
-    "flatten 5×5": Case(
-        lambda: nn.Sequential(conv(3, 4), learned(4, 4, (1, 0)), nn.Flatten(), nn.Linear(100, 3)), 2, 1
-    ),
+    "flatten 5×5": Case(lambda: nn.Sequential(conv(3, 4), learned(4, 4, (1, 0)), nn.Flatten(), nn.Linear(100, 3)), 2),
     "mean": Case(
         lambda: nn.Sequential(conv(3, 4), learned(4, 4, (1, 0)), Call(lambda x: x.mean([2, 3])), nn.Linear(4, 3)), 2
     ),
-    "mean over channels": Case(between(Call(lambda x: x - x.mean(1, keepdim=True))), 2, 1),
+    "mean over channels": Case(between(Call(lambda x: x - x.mean(1, keepdim=True))), 2),
     "linear over width": Case(between(nn.Linear(5, 5)), 2, 1),
     "broadcast channel": Case(between(Call(lambda x: x * torch.sigmoid(x[:, :1]))), 2, 1),
     "wider": Case(single(8, 12, (1, 0)), 2),
@@ -272,11 +376,61 @@ CASES: dict[str, Case] = {
     "norm called twice": Case(
         lambda: nn.Sequential(conv(3, 8), learned(8, 8, (1, 1, 0)), Twice(nn.BatchNorm2d(8, affine=False)), conv(8, 4)),
         *(2, 1),
+        placed=1,
     ),
     "dense layer called twice": Case(between(Twice(conv(8, 8))), 2, 1),
     "tied weights": Case(TiedWeights, 4, 2),
-    "fan-out": Case(FanOut, 4, 2),
+    "fan-out": Case(FanOut, 4, coarsened=2),
     "keywords": Case(SameKeywords, 2),
+    "dense net": Case(
+        lambda: nn.Sequential(
+            conv(3, 8), Joined(learned(8, 8, (1, 1, 0)), nn.ReLU()), Joined(learned(16, 8, (1, 1, 0))), conv(24, 4)
+        ),
+        *(4, 1),  # 16 channels in two parts cannot be sorted by their least digit
+    ),
+    "joined and cut elsewhere": Case(
+        lambda: nn.Sequential(conv(3, 8), Joined(learned(8, 8, (1, 1, 0))), Call(lambda x: x[:, 4:12]), conv(8, 4)),
+        *(2, 2),
+    ),
+    "u-net": Case(UNet, 6, 2, size=6),
+    "shuffle unit": Case(
+        lambda: nn.Sequential(
+            conv(3, 16),
+            *(Split(learned(8, 8, (1, 1, 0), 1), depthwise(8), learned(8, 8, (1, 1, 0), 1)), Call(interleave)),
+            conv(16, 4),
+        ),
+        *(5, 1),
+    ),
+    "torch's channel shuffle": Case(between(nn.ChannelShuffle(2), nn.ReLU()), 3),
+    "channel shuffle of 12": Case(
+        lambda: nn.Sequential(conv(3, 12), learned(12, 12, (1, 0, 0)), Call(interleave), learned(12, 12, (0, 1, 0))),
+        *(5, 2),
+    ),
+    "convnext": Case(lambda: nn.Sequential(conv(3, 8), convnext(8, 12), convnext(8, 12), conv(8, 4)), 4),
+    "1-D": Case(
+        lambda: nn.Sequential(
+            *(nn.Conv1d(3, 8, 1), learned(8, 8, (1, 1, 0), cls=DGConv1d), nn.BatchNorm1d(8), nn.ReLU()),
+            *(nn.MaxPool1d(2), nn.ConvTranspose1d(8, 8, 3), nn.GroupNorm(1, 8), nn.Conv1d(8, 4, 1)),
+        ),
+        2,
+        dimensions=1,
+    ),
+    "3-D": Case(
+        lambda: nn.Sequential(
+            *(nn.Conv3d(3, 8, 1), learned(8, 8, (1, 1, 0), cls=DGConv3d), nn.BatchNorm3d(8), nn.ReLU()),
+            *(nn.AvgPool3d(2), nn.Conv3d(8, 8, 1, groups=8), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 4)),
+        ),
+        2,
+        size=4,
+        dimensions=3,
+    ),
+    "group norm of one": Case(between(nn.GroupNorm(1, 8), relu_()), 2),
+    "group norm": Case(between(nn.GroupNorm(2, 8), relu_()), 2, 1, placed=1),
+    "instance norm": Case(between(nn.InstanceNorm2d(8, affine=True)), 2),
+    "transposed": Case(between(nn.ConvTranspose2d(8, 8, 3, 2), nn.BatchNorm2d(8)), 2),
+    "tuple": Case(lambda: Pyramid(lambda *maps: maps), 6, 3, placed=1),
+    "dict": Case(lambda: Pyramid(lambda fine, coarse: {"fine": fine, "more": [coarse]}), 6, 3, placed=1),
+    "constants": Case(between(Scale(8, 1, 1), Scale(1, 8, 1, 1), Scale(5)), 2),
     "nothing learned": Case(lambda: nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4)), 0),
     "nothing to fold": Case(lambda: nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4)), 0),
 }
@@ -362,7 +516,8 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 
 def assert_same_function(before: fx.GraphModule, after: fx.GraphModule, shape: tuple[int, ...]) -> None:
     inputs = seeded_inputs(shape)
-    assert relative_error(evaluate(after, inputs)["output"], evaluate(before, inputs)["output"]) <= EXACT
+    ours, theirs = (flat(evaluate(graph, inputs)["output"]) for graph in (after, before))
+    assert all(relative_error(one, other) <= EXACT for one, other in zip(ours, theirs, strict=True))
 
 
 def assert_lawful(case: Compiled, name: str) -> None:
@@ -396,32 +551,51 @@ class _Builder:
     def chain(self, channels: int, length: int, *, fresh: bool, depth: int = 0) -> tuple[list[nn.Module], int]:
         layers: list[nn.Module] = []
         for _ in range(length):
-            kind = self.draw(st.sampled_from(_KINDS if depth == 0 else _KINDS[:-1]))
+            kind = self.draw(st.sampled_from(_KINDS if depth == 0 else _KINDS[: -len(_NESTED)]))
             layer, channels = self.layer(kind, channels, fresh, depth)
-            fresh = kind not in ("no-op", "flip")
+            fresh = kind in _MAKE_NEW
             layers.append(layer)
         return layers, channels
 
     def layer(self, kind: str, channels: int, fresh: bool, depth: int) -> tuple[nn.Module, int]:
         if kind == "learned":
-            again = [layer for layer in self.learned if layer.in_channels == layer.out_channels == channels]
-            if again and self.draw(st.integers(0, 4)) == 0:
-                return again[0], channels
-            out = self.draw(st.sampled_from([channels, channels, 8, 12, 20]))
-            gates = len(DGConv2d(channels, out, 1).gate)
-            bits = self.draw(st.lists(st.integers(0, 1), min_size=gates, max_size=gates))
-            if self.draw(st.booleans()):
-                bits.sort(reverse=True)  # ones first: most often an order that is not the identity
-            settings = {"bias": self.draw(st.booleans()), "padding_mode": self.draw(st.sampled_from(_PADDING))}
-            self.learned.append(learned(channels, out, tuple(bits), self.draw(st.sampled_from([1, 3])), **settings))
-            return self.learned[-1], out
-        if kind == "dense":
+            return self.with_gates(channels)
+        if (
+            kind in ("dense", "transposed")
+            or (kind == "join" and channels > 20)
+            or (kind == "split" and (channels % 4 or channels < 8))
+        ):
             out = self.draw(st.sampled_from([8, 12, 20]))
-            return conv(channels, out, bias=self.draw(st.booleans())), out
-        if kind == "residual":
-            body, out = self.chain(channels, self.draw(st.integers(1, 4)), fresh=False, depth=depth + 1)
+            bias = self.draw(st.booleans())
+            if kind == "transposed":
+                return nn.ConvTranspose2d(channels, out, 3, padding=1, bias=bias), out
+            return conv(channels, out, bias=bias), out
+        if kind == "slice":
+            start = 2 * self.draw(st.integers(0, channels // 2 - 2))
+            stop = start + 2 * self.draw(st.integers(2, (channels - start) // 2))
+            return self.draw(st.sampled_from([_sliced, _narrowed]))(start, stop), stop - start
+        if kind in ("residual", "join", "split"):
+            width = channels // 2 if kind == "split" else channels
+            body, out = self.chain(width, self.draw(st.integers(1, 4)), fresh=False, depth=depth + 1)
+            if kind == "join":
+                return Joined(*body, first=self.draw(st.booleans())), channels + out
+            if kind == "split":
+                return Split(*body), width + out
             return Residual(*body, shortcut=None if out == channels else conv(channels, out)), out
         return self.same(kind, channels, fresh), channels
+
+    def with_gates(self, channels: int) -> tuple[nn.Module, int]:
+        again = [layer for layer in self.learned if layer.in_channels == layer.out_channels == channels]
+        if again and self.draw(st.integers(0, 4)) == 0:
+            return again[0], channels
+        out = self.draw(st.sampled_from([channels, channels, 8, 12, 20]))
+        gates = len(DGConv2d(channels, out, 1).gate)
+        bits = self.draw(st.lists(st.integers(0, 1), min_size=gates, max_size=gates))
+        if self.draw(st.booleans()):
+            bits.sort(reverse=True)  # ones first: most often an order that is not the identity
+        settings = {"bias": self.draw(st.booleans()), "padding_mode": self.draw(st.sampled_from(_PADDING))}
+        self.learned.append(learned(channels, out, tuple(bits), self.draw(st.sampled_from([1, 3])), **settings))
+        return self.learned[-1], out
 
     def same(self, kind: str, channels: int, fresh: bool) -> nn.Module:
         if kind == "activation":
@@ -430,34 +604,70 @@ class _Builder:
             )
         if kind == "pool":
             return self.draw(st.sampled_from([nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(3, 1, 1)]))
+        if kind == "shuffle":
+            return self.draw(st.sampled_from([nn.ChannelShuffle(2), Call(interleave), Call(_by_function)]))
+        if kind == "norm":
+            groups = self.draw(st.sampled_from([1, 2]))
+            norms = [nn.BatchNorm2d(channels), nn.GroupNorm(groups, channels), nn.InstanceNorm2d(channels, affine=True)]
+            return self.draw(st.sampled_from([norms[0], *norms]))
+        if kind == "channels last":
+            return ChannelsLast(
+                *self.draw(st.sampled_from([[nn.LayerNorm(channels)], [nn.Linear(channels, channels)]]))
+            )
         return {
-            "norm": lambda: nn.BatchNorm2d(channels),
             "depthwise": lambda: depthwise(channels),
             "grouped": lambda: conv(channels, channels, groups=2),
+            "depthwise transposed": lambda: nn.ConvTranspose2d(channels, channels, 3, padding=1, groups=channels),
+            "grouped transposed": lambda: nn.ConvTranspose2d(channels, channels, 1, groups=2),
             "excite": lambda: SqueezeExcite(channels),
             "no-op": lambda: nn.Dropout(),
             "flip": lambda: Call(lambda x: x.flip(1)),
             "square": lambda: Call(lambda x: x * torch.tanh(x) - x),
+            "softmax": lambda: nn.Softmax(1),
+            "centre": lambda: Call(lambda x: x - x.mean(1, keepdim=True)),
+            "scale": lambda: Scale(channels, 1, 1),
+            "halves": lambda: Call(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1)),
+            "roll": lambda: Call(lambda x: torch.cat([x[:, 2:], x[:, :2]], 1)),
         }[kind]()
 
 
+def _sliced(start: int, stop: int) -> nn.Module:
+    return Call(lambda x: x[:, start:stop])
+
+
+def _narrowed(start: int, stop: int) -> nn.Module:
+    return Call(lambda x: x.narrow(1, start, stop - start))
+
+
+def _by_function(x: Tensor) -> Tensor:
+    return functional.channel_shuffle(x, 2)
+
+
+_MAKE_NEW = {
+    *("learned", "dense", "norm", "activation", "pool", "depthwise", "grouped", "square", "transposed", "residual"),
+}
+_NESTED = ("residual", "residual", "join", "split")
 _KINDS = [
-    *("learned", "learned", "learned", "dense", "dense", "norm", "norm", "activation", "pool", "depthwise", "grouped"),
-    *("excite", "no-op", "flip", "square", "residual", "residual"),
+    *("learned", "learned", "learned", "learned", "dense", "dense", "norm", "norm", "activation", "pool", "depthwise"),
+    *("grouped", "excite", "no-op", "flip", "square", "transposed", "depthwise transposed", "grouped transposed"),
+    *("slice", "shuffle", "shuffle", "channels last", "softmax", "centre", "scale", "halves", "roll"),
+    *_NESTED,
 ]
 _PADDING = ["zeros", "zeros", "circular", "reflect"]
 
 
 @st.composite
 def networks(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
-    """Any chain of operations, residual branches, barriers and shared layers, and an input shape for it."""
+    """Any chain of operations, with branches that are added or joined, and an input shape for it."""
     channels = draw(st.sampled_from([4, 8, 12]))
     layers, out = _Builder(draw).chain(channels, draw(st.integers(1, 8)), fresh=True)
-    head = draw(st.sampled_from(["none", "pool", "flatten"]))
+    head = draw(st.sampled_from(["none", "pool", "flatten", "mean"]))
     if head == "pool":
         layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(out, 3)]
     elif head == "flatten":
         layers += [nn.Flatten(), nn.Linear(out * 16, 3)]
+    elif head == "mean":
+        layers += [Call(lambda x: x.mean((2, 3))), nn.Linear(out, 3)]
     return filled(nn.Sequential(*layers), draw(st.integers(0, 99))), (2, channels, 4, 4)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from foldgroup.certificate import certify
 from foldgroup.channel_order import ChannelOrder
-from foldgroup.channels import reordered
+from passes.absorb_shuffles import reordered
 from foldgroup.equivalence import pass_check, seeded_inputs
 from foldgroup.errors import EquivalenceError
 from foldgroup.forms import ChannelShuffle, MaskedConv2d, conv_like, with_tensors

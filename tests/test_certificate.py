@@ -29,10 +29,9 @@ from hypothesis import strategies as st
 from strategies import orders, quick
 from torch import Tensor, nn
 
-from foldgroup.certificate import certify
-from foldgroup.channel_order import ChannelOrder
-from foldgroup.channels import channel_spaces, reordered
-from foldgroup.forms import MaskedConv2d, conv_like, with_tensors
+from foldgroup.certificate import Claim, certify
+from foldgroup.channels import ChannelGraph, as_order
+from foldgroup.forms import ChannelShuffle, MaskedConv2d, conv_like, with_tensors
 from foldgroup.nn import DGConv2d
 from foldgroup.pipeline import Pipeline
 from foldgroup.trace import called_module, fork, trace
@@ -68,10 +67,14 @@ def test_counts_are_of_weights_and_add_up():
 def test_claims_name_the_training_node_and_the_order():
     case = compiled_case("batch norm")
     claims = certify(case.training, case.folded).claims
-    assert claims["input_1"] == ("input_1", ChannelOrder.identity(3))
-    source, order = claims["_1"]
-    assert source == "_2"  # the batch norm that the convolution took in
-    assert order is not None and not order.is_identity
+    claim = claims["input_1"]
+    assert (claim.source, claim.axis, claim.index.tolist(), claim.in_order) == ("input_1", 1, [0, 1, 2], True)
+    claim = claims["_1"]
+    assert claim.source == "_2"  # the batch norm that the convolution took in
+    assert sorted(claim.index.tolist()) == list(range(8)) and not claim.in_order
+    value = torch.randn(2, 8, 5, 5)
+    assert torch.equal(claim.of(value), value[:, claim.index])
+    assert torch.equal(Claim("mean", None, None).of(value), value) and Claim("mean", None, None).in_order
 
 
 def test_packed_groups_are_granted_and_only_with_zeros_between_them():

@@ -15,6 +15,7 @@ from PIL import Image
 from tiny import CLASSES
 
 from foldgroup.cli import main
+from passes import default_pipeline
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,7 +47,8 @@ def test_compile_prints_a_summary_and_writes_the_bundle_where_it_says(
     assert (tmp_path / "tiny.foldgroup" / "model.onnx").is_file()
     assert not (tmp_path / "tiny.foldgroup" / "model.rtx.plan").exists()
     names = sorted(path.name for path in (tmp_path / "dumps").iterdir())
-    assert names[0] == "00_trace.txt" and names[1] == "01_decode_gates.txt"
+    first = default_pipeline().passes[0].name
+    assert names[0] == "00_trace.txt" and names[1] == f"01_{first}.txt"
     again = run("compile", tiny_checkpoint, "--no-engine")
     assert again.exit_code == 2 and "--force" in again.stderr
     assert run("compile", tiny_checkpoint, "--no-engine", "--force").exit_code == 0

@@ -17,6 +17,7 @@ from foldgroup.equivalence import (
     TierResult,
     first_layer_over,
     float64_error,
+    float64_outputs,
     layer_errors,
     pass_check,
     rounded_layer_errors,
@@ -29,6 +30,18 @@ from foldgroup.trace import evaluate, fork, trace
 from passes import default_pipeline
 
 SHAPE = (2, 3, SIZE, SIZE)
+
+
+def test_of_several_outputs_the_worst_counts_each_by_its_own_scale() -> None:
+    small, large = np.array([[1e-3, 0.0]]), np.full((1, 2, 2), 1e3)
+    seen = ErrorStatistics.of_all([small + np.array([[0, 1e-5]]), large + 1], [small, large])
+    assert seen.max_error == pytest.approx(1e-2) and seen.median_error == pytest.approx(5e-3)
+    assert seen.top1_agreement is None and "agreement" not in seen.summary
+    assert not TierResult("t", seen, LIMITS["fp32"]) and TierResult("t", seen, LIMITS["bf16"])
+    assert ErrorStatistics.of_all([small], [small]).top1_agreement == 1
+    assert ErrorStatistics.of(large, large).top5_agreement is None
+    with pytest.raises(EquivalenceError, match="1 outputs for 2 of the reference"):
+        ErrorStatistics.of_all([small], [small, large])
 
 
 @given(st.floats(1e-6, 1e6), st.floats(0, 1e-2))
@@ -90,7 +103,7 @@ def test_layer_errors_look_through_channel_orders_and_find_the_first_layer_that_
     assert not certify(training, spoiled).holds
     off = layer_errors(training, spoiled, certificate, inputs)
     assert first_layer_over(off, 1e-9) == "layer2_0_conv2"
-    assert float64_error(evaluate(training, inputs)["output"], spoiled, inputs) > 1e-9
+    assert float64_error(float64_outputs(training, inputs), spoiled, inputs) > 1e-9
     difference = pass_check(training, inputs)(spoiled)
     assert difference is not None and "certificate: layer2.0.conv2" in difference and "float64 error" in difference
     assert pass_check(training, inputs)(folded) is None

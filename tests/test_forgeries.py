@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from foldgroup.certificate import certify
 from foldgroup.channel_order import ChannelOrder
-from foldgroup.channels import reordered
+from passes.absorb_shuffles import reordered
 from foldgroup.forms import ChannelShuffle, conv_like, with_tensors
 from foldgroup.trace import fork
 

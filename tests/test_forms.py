@@ -11,7 +11,19 @@ from strategies import digit_orders, orders, quick
 from torch import nn
 
 from foldgroup.channel_order import ChannelOrder
-from foldgroup.forms import ChannelShuffle, MaskedConv2d, conv_like, settings, with_tensors
+from foldgroup.forms import (
+    CONVS,
+    TRANSPOSED_CONVS,
+    ChannelShuffle,
+    MaskedConv,
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    conv_like,
+    settings,
+    with_tensors,
+)
+from foldgroup.nn import DGConv1d, DGConv2d, DGConv3d
 
 
 def numbered(*shape: int) -> torch.Tensor:
@@ -53,6 +65,48 @@ def test_a_masked_convolution_is_the_learned_layer(channels, bits):
     assert masked.weight.count_nonzero() == layer.weight.numel() // layer.grouping.groups
     assert masked.weight.data_ptr() != layer.weight.data_ptr()
     assert not masked.weight.requires_grad
+
+
+@given(
+    st.sampled_from([(DGConv1d, MaskedConv1d), (DGConv2d, MaskedConv2d), (DGConv3d, MaskedConv3d)]),
+    st.tuples(*[st.sampled_from([1, 2, 6, 8, 12])] * 2),
+    st.sampled_from([{}, {"stride": 2}, {"padding": "same", "padding_mode": "circular"}, {"bias": False}]),
+    st.integers(0, 99),
+)
+@quick()
+def test_a_learned_layer_of_any_dimensions_is_masked(kinds, channels, options, seed):
+    torch.manual_seed(seed)
+    layer = kinds[0](*channels, 3, **options, dtype=torch.float64)
+    with torch.no_grad():
+        layer.gate.normal_()
+    x = torch.randn(2, channels[0], *[4] * (layer.weight.ndim - 2), dtype=torch.float64)
+    for kind in (MaskedConv, kinds[1]):
+        masked = kind.from_dense(layer, layer.grouping, layer.bits)
+        assert type(masked) is kinds[1]
+        assert isinstance(masked, MaskedConv) and isinstance(masked, CONVS)
+        assert torch.equal(masked(x), layer(x))
+        assert (masked.grouping, masked.gate_bits) == (layer.grouping, layer.bits)
+
+
+@given(
+    st.integers(0, 2),
+    st.booleans(),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from(["zeros", "circular"]),
+    st.integers(0, 99),
+)
+@quick()
+def test_any_convolution_has_its_like(dimension, transposed, groups, padding_mode, seed):
+    torch.manual_seed(seed)
+    kind = (TRANSPOSED_CONVS if transposed else CONVS)[dimension]
+    options = {"output_padding": 1} if transposed else {"padding_mode": padding_mode}
+    layer = kind(4, 8, 3, stride=2, padding=1, dilation=2, groups=groups, **options, dtype=torch.float64)
+    copy = conv_like(layer, layer.weight, layer.bias, groups)
+    x = torch.randn(2, 4, *[5] * (dimension + 1), dtype=torch.float64)
+    assert type(copy) is kind
+    assert torch.equal(copy(x), layer(x))
+    assert settings(copy).items() >= {name: settings(layer)[name] for name in layer.__constants__}.items()
+    assert not copy.weight.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,19 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import resnext50_32x4d
 
 from foldgroup import measure
 from foldgroup.errors import TraceError
 from foldgroup.measure import Measurement, interleave
-from foldgroup.nn import DGConv2d
+from foldgroup.nn import DGConv, DGConv1d, DGConv2d, DGConv3d
 from tests.strategies import quick
 
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, DGConv2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, DGConv) or super().is_leaf_module(m, module_qualified_name)
 
 
 def graph_of(model: nn.Module, *shape: int) -> fx.GraphModule:
@@ -38,6 +40,29 @@ def graph_of(model: nn.Module, *shape: int) -> fx.GraphModule:
     for node in graph.graph.nodes:
         node.meta["shape"] = tuple(node.meta["tensor_meta"].shape)
     return graph
+
+
+class Functional(nn.Module):
+    """A layer's function, called with the layer's tensors."""
+
+    def __init__(self, layer: nn.Module, by_name: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        name = "linear" if isinstance(layer, nn.Linear) else type(layer).__name__.replace("T", "_t").lower()
+        self.function = getattr(functional, name)
+        self.more: dict[str, int] = {}
+        if not isinstance(layer, nn.Linear):
+            before_groups = "output_padding" if layer.transposed else "dilation"
+            self.more = {"stride": 1, "padding": 0, before_groups: int(not layer.transposed), "groups": layer.groups}
+        self.by_name = by_name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.by_name:
+            result = self.function(input=x, weight=self.weight, bias=self.bias, **self.more)
+        else:
+            result = self.function(x, self.weight, self.bias, *self.more.values())
+        assert isinstance(result, fx.Proxy)
+        return result
 
 
 class TestCosts:
@@ -60,6 +85,10 @@ class TestCosts:
             (nn.Conv2d(6, 8, (3, 5), stride=2, padding=1, groups=2), (3, 6, 9, 11)),
             (nn.Conv2d(6, 6, 3, dilation=2, groups=6, bias=False), (1, 6, 9, 9)),
             (nn.ConvTranspose2d(6, 8, 3, stride=2, groups=2), (3, 6, 5, 7)),
+            (nn.Conv1d(6, 8, 3, stride=2, padding=1, groups=2), (3, 6, 9)),
+            (nn.Conv3d(6, 8, (1, 3, 2), groups=2), (3, 6, 2, 5, 4)),
+            (nn.ConvTranspose1d(6, 8, 3, stride=2, output_padding=1), (3, 6, 5)),
+            (nn.ConvTranspose3d(6, 8, 2, groups=2, bias=False), (3, 6, 2, 3, 4)),
             (nn.Linear(6, 10), (3, 6)),
             (nn.Linear(6, 10, bias=False), (2, 4, 6)),
         ],
@@ -89,11 +118,56 @@ class TestCosts:
         )
         assert measure.grouped_macs(costs) == costs[0].macs
 
-    def test_dgconv_is_dense_as_trained_and_its_gates_are_no_parameters(self) -> None:
-        graph = graph_of(nn.Sequential(DGConv2d(8, 8, 3, padding=1)), 1, 8, 4, 4)
+    @pytest.mark.parametrize("dimensions, kind", [(1, DGConv1d), (2, DGConv2d), (3, DGConv3d)])
+    def test_dgconv_is_dense_as_trained_and_its_gates_are_no_parameters(
+        self, dimensions: int, kind: type[DGConv]
+    ) -> None:
+        graph = graph_of(nn.Sequential(kind(8, 8, 3, padding=1)), 1, 8, *[4] * dimensions)
         (cost,) = measure.layer_costs(graph)
-        assert (cost.groups, cost.macs) == (1, 16 * 8 * 8 * 9)
-        assert cost.params == measure.params(graph) == 8 * 8 * 9 + 8
+        assert (cost.groups, cost.macs) == (1, 4**dimensions * 8 * 8 * 3**dimensions)
+        assert cost.params == measure.params(graph) == 8 * 8 * 3**dimensions + 8
+
+    @pytest.mark.parametrize(
+        "layer, shape",
+        [
+            (nn.Conv1d(6, 8, 3, groups=2), (3, 6, 9)),
+            (nn.Conv2d(6, 8, (3, 5), groups=2), (3, 6, 9, 11)),
+            (nn.Conv3d(6, 8, 2, bias=False), (3, 6, 2, 3, 4)),
+            (nn.ConvTranspose1d(6, 8, 3), (3, 6, 5)),
+            (nn.ConvTranspose2d(6, 8, 3, groups=2), (3, 6, 5, 7)),
+            (nn.ConvTranspose3d(6, 8, 2, groups=2, bias=False), (3, 6, 2, 3, 4)),
+            (nn.Linear(6, 10), (3, 6)),
+            (nn.Linear(6, 10, bias=False), (2, 4, 6)),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("by_name", [False, True])
+    def test_a_functional_call_costs_what_the_layer_does(
+        self, layer: nn.Module, shape: tuple[int, ...], by_name: bool
+    ) -> None:
+        graph = graph_of(Functional(layer, by_name), *shape)
+        (cost,) = measure.layer_costs(graph)
+        (expected,) = measure.layer_costs(graph_of(nn.Sequential(layer), *shape))
+        (node,) = (node for node in graph.graph.nodes if node.op == "call_function")
+        assert cost == replace(expected, name=node.name)
+        assert measure.params(graph) == cost.params
+
+    def test_a_functional_call_s_weight_may_be_a_buffer_or_a_single_row_but_not_computed(self) -> None:
+        class Calls(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.row, self.learned = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4, 1, 3))
+                self.register_buffer("fixed", torch.ones(4, 1, 3))
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                x = functional.conv1d(x, self.fixed, groups=4)  # type: ignore[arg-type]
+                x = functional.conv1d(x, self.learned.abs(), groups=4)
+                return functional.linear(x.mT, self.row)
+
+        assert measure.layer_costs(graph_of(Calls(), 2, 4, 7)) == (
+            measure.LayerCost("conv1d", "conv", 4, 4, 4, macs=5 * 4 * 3, params=0),
+            measure.LayerCost("linear", "linear", 4, 1, 1, macs=3 * 4, params=4),
+        )
 
     def test_shared_layers_cost_time_twice_and_memory_once(self) -> None:
         class Twice(nn.Module):

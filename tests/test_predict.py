@@ -44,7 +44,8 @@ def bundle(tmp_path: Path) -> Bundle:
 def make_bundle(folder: Path, classes: list[str]) -> Bundle:
     plain = {"resize": 8, "size": 8, "mean": [0, 0, 0], "std": [1, 1, 1], "classes": classes}
     (folder / "preprocessing.json").write_bytes(to_json(plain))
-    return Bundle(folder, {"input": {"shape": ["batch", 3, 8, 8]}})
+    shapes = {"input": {"shape": ["batch", 3, 8, 8]}, "output": {"name": "logits", "shape": ["batch", 3]}}
+    return Bundle(folder, shapes)
 
 
 @pytest.fixture
@@ -98,8 +99,8 @@ def test_many_images_go_in_parts(
 
 def test_large_logits_do_not_overflow(bundle: Bundle, images: list[Path]) -> None:
     class Loud(OnnxRuntimeRunner):
-        def _run(self, inputs: np.ndarray) -> np.ndarray:
-            return super()._run(inputs) * np.float32(1e30)
+        def _run(self, inputs: np.ndarray) -> tuple[np.ndarray, ...]:
+            return tuple(output * np.float32(1e30) for output in super()._run(inputs))
 
     with Loud(network()) as loud:
         assert predict(loud, bundle, images)[0].entries[0] == ("red", 1.0)

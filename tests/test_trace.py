@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from graphs import CASES, Call, Residual, compiled_case, conv, filled, learned, node_of, relu_, untouched
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
+from torch.nn.modules.utils import _pair
 
 from foldgroup.errors import TraceError
 from foldgroup.nn import DGConv2d, g_resnext17_cifar
 from foldgroup.trace import attach_shapes, called_module, evaluate, fork, is_no_op, shape_of, trace
+from foldgroup.untraceable import why
 
 SHAPE = (2, 3, 5, 5)
 
@@ -68,8 +71,21 @@ class TwoInputs(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Branches(), "Branches cannot be traced: .* Move what depends on the values of tensors out of forward()"),
-        (TwoInputs(), "TwoInputs takes 2 inputs: wrap it in a module that takes one tensor"),
+        (
+            Branches(),
+            r"Branches cannot be traced at tests/test_trace\.py:\d+, 'return x if x\.sum\(\) > 0 else -x': "
+            r"it decides by the value of a tensor\. Choose between values with torch\.where",
+        ),
+        (Call(lambda x: x if 3 in x else -x), r"test_trace\.py:.*it loops over a tensor.*take the parts by index"),
+        (Call(lambda x: x * len(x)), r"it asks for the len\(\) of a tensor\. Use x\.shape\[0\]"),
+        (
+            Call(lambda x: x * float(x.mean())),
+            r"it wants a tensor's value or size as a Python number\. Make the",
+        ),
+        (Call(lambda x: torch.from_numpy(np.sqrt(x))), r"it hands a tensor to numpy, or to Python\. Use operations of"),
+        (Call(lambda x: x + int("seven")), r"it raises ValueError: invalid literal .* wrap the function that does"),
+        (Call(lambda x: x + _pair(x)[0]), r"at tests/test_trace\.py:\d+, .*_pair.*it loops over a tensor"),
+        (TwoInputs(), r"TwoInputs takes 2 inputs \(x, y\): wrap it in a module that takes one tensor"),
         (conv(4, 8), r"cannot be traced|does not accept an input of shape \[2, 3, 5, 5\]"),
         (
             nn.Sequential(conv(3, 8), nn.Sequential(conv(4, 8))),
@@ -77,13 +93,38 @@ class TwoInputs(nn.Module):
         ),
         (nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), r"the network does not accept .*: 1: "),
     ],
-    ids=["control flow", "two inputs", "channels", "channels inside", "features"],
+    ids=[
+        "control flow",
+        "iteration",
+        "length",
+        "number",
+        "numpy",
+        "an error of its own",
+        "inside torch",
+        "two inputs",
+        "channels",
+        "channels inside",
+        "features",
+    ],
 )
 def test_a_network_that_cannot_be_traced_says_why(model, message, capfd):
     with pytest.raises(TraceError, match=message) as error:
         trace(model, SHAPE)
-    assert "Original traceback" not in str(error.value)
+    assert "Original traceback" not in str(error.value) and "Proxy" not in str(error.value)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_decision_by_the_shape_is_told_from_one_by_the_value():
+    """By plain torch.fx, whatever our tracer knows of shapes."""
+
+    def decides(x: Tensor) -> Tensor:
+        n, _, height, _ = x.size()
+        return x if height % 2 or n > x.shape[2] else -x
+
+    with pytest.raises(fx.proxy.TraceError) as error:
+        fx.symbolic_trace(decides)
+    message = why("Net", error.value)
+    assert "'return x if height % 2 or n > x.shape[2] else -x': it decides by the shape of a tensor" in message
 
 
 def test_shapes_are_found_without_computing_values():

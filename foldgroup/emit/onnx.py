@@ -11,6 +11,7 @@ import ast
 import logging
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,23 +19,31 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from foldgroup.errors import EmitError, EquivalenceError, RunnerError
+from foldgroup.outputs import outputs_of
 from foldgroup.trace import called_module, fork
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 MODEL = "model.onnx"
-INPUT, OUTPUT, BATCH = "input", "logits", "batch"
+INPUT, BATCH = "input", "batch"
+
+_OUTPUT = "foldgroup.output."
+"""What outputs are called until all is named, so that the exporter does not take them for something else."""
+
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 OPSET, OPSET_BF16 = 20, 22
 """The operator set written; convolutions take bfloat16 only from 22 on, which older runtimes do not read."""
 
 
 def export_onnx(graph: fx.GraphModule, input_shape: tuple[int, ...], *, fixed_batch: bool = False) -> bytes:
-    """The network as the bytes of an ONNX file with input ``input`` [N, C, H, W] and output ``logits``.
+    """The network as the bytes of an ONNX file with input ``input`` [N, C, …] and output ``logits``.
 
+    Several outputs have the names that :func:`foldgroup.outputs.outputs_of` gives them.
     Weights and activations have the types that ``graph`` gives them, float32 unless it comes from
     :func:`foldgroup.emit.precision.typed`. N is dynamic unless ``fixed_batch``, which makes it ``input_shape[0]``.
 
@@ -45,6 +54,9 @@ def export_onnx(graph: fx.GraphModule, input_shape: tuple[int, ...], *, fixed_ba
     import onnx
 
     model = fork(graph)
+    outputs = outputs_of(model)
+    model.graph.output_node().args = (tuple(outputs.values()),)
+    model.recompile()
     for node in model.graph.nodes:
         node.meta = {}
     # A batch of one would be taken for a constant.
@@ -62,7 +74,7 @@ def export_onnx(graph: fx.GraphModule, input_shape: tuple[int, ...], *, fixed_ba
                 dynamo=True,
                 external_data=False,
                 input_names=[INPUT],
-                output_names=[OUTPUT],
+                output_names=[f"{_OUTPUT}{i}" for i in range(len(outputs))],
                 dynamic_shapes=shapes,
                 opset_version=OPSET_BF16 if _has_bf16(model) else OPSET,
                 verbose=False,
@@ -73,7 +85,7 @@ def export_onnx(graph: fx.GraphModule, input_shape: tuple[int, ...], *, fixed_ba
         raise EmitError(f"ONNX export failed: {error}") from error
     finally:
         logger.setLevel(level)
-    _name_after_layers(proto)
+    _name_after_layers(proto, list(outputs))
     _strip(proto)
     try:
         onnx.checker.check_model(proto, full_check=True)
@@ -103,17 +115,22 @@ def stored_weights_match(model: bytes, graph: fx.GraphModule) -> int:
         proto = onnx.load_from_string(model)
     except Exception as error:  # protobuf's own
         raise EquivalenceError(f"the model is no ONNX file ({error})") from error
-    stored = {node.name: node for node in proto.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")}
+    stored = {node.name: node for node in proto.graph.node if node.op_type in _WEIGHTED}
+    readers = {value: node for node in proto.graph.node for value in node.input}
     constants = _Constants(proto)
     compared = 0
     for node in graph.graph.nodes:
         module = called_module(graph, node)
-        if not isinstance(module, nn.Conv2d | nn.Linear):
+        if not isinstance(module, _ConvNd | nn.Linear):
             continue
         name = str(node.target)
         if name not in stored:
             raise EquivalenceError(f"{name}: there is no such layer in {MODEL}")
-        weight, *bias = (value for value in map(constants.value, stored[name].input[1:]) if value is not None)
+        operands = list(stored[name].input[1:])
+        after = readers.get(stored[name].output[0])
+        if stored[name].op_type == "MatMul" and after is not None and after.op_type == "Add":  # its bias
+            operands += after.input
+        weight, *bias = (value for value in map(constants.value, operands) if value is not None)
         if not (weight.holds(module.weight) or (module.weight.ndim == 2 and weight.holds(module.weight.T))):
             raise EquivalenceError(f"{name}: the weights in {MODEL} are not the folded network's")
         if not _same_bias(bias[0] if bias else None, module.bias):
@@ -187,7 +204,7 @@ def with_all_outputs(model: bytes) -> tuple[bytes, list[str]]:
 
 
 def intermediate_outputs(model: bytes, inputs: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[Any]]:
-    """Every value that ONNX Runtime computes for ``inputs`` [N, C, H, W], by the name of its layer.
+    """Every value that ONNX Runtime computes for ``inputs`` [N, C, …], by the name of its layer.
 
     Raises:
         RunnerError: if it refuses the network or the inputs.
@@ -203,23 +220,52 @@ def intermediate_outputs(model: bytes, inputs: npt.NDArray[np.float32]) -> dict[
         raise RunnerError(f"ONNX Runtime could not run {MODEL} layer by layer: {error}") from error
 
 
-def _name_after_layers(proto: ModelProto) -> None:
-    """Name every node after the module it comes from, numbered from its second use on, and its value after the node."""
+def _name_after_layers(proto: ModelProto, outputs: Sequence[str]) -> None:
+    """Name every node after the module it comes from, numbered from its second use on, and its value after the node.
+
+    Where several nodes make up a layer, the one with the weights bears its name, and so does the layer's result::
+
+        fc ─► fc.matmul ─► fc.add ─► fc          nodes fc and fc.add: a linear layer of [N, …, C], its bias apart
+        c.pad ─► c.pad ─► c ─► c                 a convolution whose padding is no zeros
+
+    The network's outputs get the names ``outputs``; a value that would have one of these is called ``<name>:0``.
+    """
+    outputs_given = {value.name: name for value, name in zip(proto.graph.output, outputs, strict=True)}
+    renamed = dict(outputs_given)
+    taken = {INPUT, *outputs}
+    layers = [_layer(node) for node in proto.graph.node]
+    with_weights = {
+        layer for layer, node in zip(layers, proto.graph.node, strict=True) if layer and node.op_type in _WEIGHTED
+    }
+    products: dict[str, NodeProto] = {}
     used: Counter[str] = Counter()
-    outputs = {value.name for value in proto.graph.output}
-    renamed: dict[str, str] = {}
-    for node in proto.graph.node:
-        base = _layer(node) or node.op_type.lower()
+    for tensor in proto.graph.initializer:
+        if tensor.name in taken:
+            renamed[tensor.name] = f"{tensor.name}:0"
+
+    def rename(value: str, name: str) -> None:
+        if value and value not in outputs_given:
+            renamed[value] = f"{name}:0" if name in taken else name
+
+    for layer, node in zip(layers, proto.graph.node, strict=True):
+        kind = node.op_type.lower()
+        beside = layer in with_weights and node.op_type not in _WEIGHTED
+        base = f"{layer}.{kind}" if beside else layer or kind
         used[base] += 1
         node.name = base if used[base] == 1 else f"{base}_{used[base]}"
         for i, value in enumerate(node.output):
-            if value and value not in outputs:
-                renamed[value] = node.name if i == 0 else f"{node.name}:{i}"
+            rename(value, node.name if i == 0 else f"{node.name}:{i}")
+        product = products.get(layer or "")
+        if beside and product is not None and product.output[0] in node.input:
+            rename(product.output[0], f"{product.name}.{product.op_type.lower()}")
+            rename(node.output[0], product.name)
+        if layer in with_weights and not beside:
+            products[str(layer)] = node
     for node in proto.graph.node:
         node.input[:] = [renamed.get(value, value) for value in node.input]
         node.output[:] = [renamed.get(value, value) for value in node.output]
-    for info in proto.graph.value_info:
-        info.name = renamed.get(info.name, info.name)
+    for named in (*proto.graph.value_info, *proto.graph.output, *proto.graph.initializer):
+        named.name = renamed.get(named.name, named.name)
 
 
 def _layer(node: NodeProto) -> str | None:

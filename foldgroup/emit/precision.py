@@ -19,6 +19,7 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from foldgroup.errors import EmitError
 from foldgroup.forms import with_tensors
@@ -76,8 +77,8 @@ def _cast_around(graph: fx.GraphModule, dtype: torch.dtype, keep_float: Collecti
         elif node.op == "get_attr" and _is_floating(graph, node):
             _cast_after(node, dtype)
         elif node.op == "output":
-            (source,) = node.all_input_nodes
-            node.replace_input_with(source, _cast_before(node, source, torch.float32))
+            for source in node.all_input_nodes:  # the network's outputs, each once
+                node.replace_input_with(source, _cast_before(node, source, torch.float32))
 
 
 def _cast_before(node: fx.Node, source: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -110,7 +111,7 @@ def layers_named(graph: fx.GraphModule, patterns: Sequence[str]) -> tuple[str, .
         EmitError: if a pattern matches none; the message lists some that there are.
     """
     layers = [
-        str(node.target) for node in graph.graph.nodes if isinstance(called_module(graph, node), nn.Conv2d | nn.Linear)
+        str(node.target) for node in graph.graph.nodes if isinstance(called_module(graph, node), _ConvNd | nn.Linear)
     ]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in layers):

@@ -56,7 +56,7 @@ class Backend:
     batches: bool = True
     """Whether it runs requests together."""
     ports: tuple[str, str] | None = None
-    """Names of input and output, where they are not those of the ONNX file."""
+    """What the names of inputs and outputs begin with, before a number, where they are not those of the ONNX file."""
 
 
 BACKENDS: Mapping[str, Backend] = {
@@ -64,8 +64,8 @@ BACKENDS: Mapping[str, Backend] = {
     "onnxruntime-cuda": Backend("onnxruntime", "model.onnx"),
     "onnxruntime-tensorrt": Backend("onnxruntime", "model.onnx"),
     "openvino": Backend("openvino", "model.onnx", batches=False),
-    "aotinductor": Backend("pytorch", "model.pt2", "torch_aoti", batches=False, ports=("INPUT__0", "OUTPUT__0")),
-    "aotinductor-cuda": Backend("pytorch", "model.pt2", "torch_aoti", batches=False, ports=("INPUT__0", "OUTPUT__0")),
+    "aotinductor": Backend("pytorch", "model.pt2", "torch_aoti", batches=False, ports=("INPUT__", "OUTPUT__")),
+    "aotinductor-cuda": Backend("pytorch", "model.pt2", "torch_aoti", batches=False, ports=("INPUT__", "OUTPUT__")),
     "tensorrt": Backend("tensorrt", "model.plan", "tensorrt_plan"),
 }
 """By target. ``torch_aoti`` is there from Triton 26.03 on, the names of its ports from 26.05 on."""
@@ -93,10 +93,11 @@ def triton_repository(
 ) -> dict[str, bytes]:
     """The files of a model repository with one model, ``name``, by their path in it.
 
-    ``model`` is an ONNX file with one input, [N, 3, H, W] float32 or [N, H, W, 3] uint8, and one output [N, classes];
-    ``engine`` is what was built from it, for targets that take one. ``batch`` is the least, typical and greatest where
-    N is free: the greatest is the most that run at once, and the others are preferred; each is warmed up. ``instances``
-    is how many run at a time, on every GPU; ``threads`` are those inside one operation, None for the runtime's choice.
+    ``model`` is an ONNX file with one input, [N, C, …] float32 or [N, H, W, 3] uint8, and any outputs; ``classes`` are
+    for an only one, [N, classes]. ``engine`` is what was built from it, for targets that take one. ``batch`` is the
+    least, typical and greatest where N is free: the greatest is the most that run at once, and the others are
+    preferred; each is warmed up. ``instances`` is how many run at a time, on every GPU; ``threads`` are those inside
+    one operation, None for the runtime's choice.
 
     OpenVINO under Triton cannot be told to stay in float32: it computes a float32 file in bfloat16 where the processor
     can.
@@ -112,10 +113,11 @@ def triton_repository(
     _check(name, classes, batch, instances, threads)
     if variant.target.name == "tensorrt" and batch[0] > 1:
         raise EmitError(f"Triton may run one request alone: build the engine for 1:{batch[1]}:{batch[2]} images")
-    ports = _ports(onnx.load_model_from_string(model), backend)
-    given, result = ports
-    if classes and len(classes) != result.dims[-1]:
-        raise EmitError(f"there are {len(classes)} class names, but the network has {result.dims[-1]} outputs")
+    given, results = _ports(onnx.load_model_from_string(model), backend)
+    if classes and (len(results) != 1 or len(classes) != results[0].dims[-1]):
+        sizes = " and ".join(str(port.dims[-1]) for port in results)
+        raise EmitError(f"there are {len(classes)} class names, but the network has {sizes} outputs")
+    labels = {"label_filename": LABELS} if classes else {}
     batched = backend.batches and given.dims[0] == -1
     config: dict[str, Any] = {"name": name, "backend": backend.name}
     if backend.platform:
@@ -123,7 +125,7 @@ def triton_repository(
     config["default_model_filename"] = backend.file
     config["max_batch_size"] = batch[2] if batched else 0
     config["input"] = [given.config(batched)]
-    config["output"] = [result.config(batched) | ({"label_filename": LABELS} if classes else {})]
+    config["output"] = [port.config(batched) | labels for port in results]
     kind = _Word("KIND_GPU" if variant.target.device == "gpu" else "KIND_CPU")
     config["instance_group"] = [{"count": instances, "kind": kind}]
     if batched:
@@ -172,16 +174,23 @@ class _Port:
     dims: tuple[int, ...]
 
     def config(self, batched: bool) -> dict[str, Any]:
-        return {"name": self.name, "data_type": _Word(self.type), "dims": list(self.dims[1:] if batched else self.dims)}
+        dims = list(self.dims[1:] if batched else self.dims)
+        shape: dict[str, Any] = {"dims": dims} if dims else {"dims": [1], "reshape": {"shape": []}}  # one number each
+        return {"name": self.name, "data_type": _Word(self.type), **shape}
 
 
-def _ports(model: ModelProto, backend: Backend) -> tuple[_Port, _Port]:
+def _ports(model: ModelProto, backend: Backend) -> tuple[_Port, list[_Port]]:
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in stored]
-    if len(inputs) != 1 or len(model.graph.output) != 1:
-        raise EmitError(f"the network has {len(inputs)} inputs and {len(model.graph.output)} outputs: give one of each")
-    names = backend.ports or (inputs[0].name, model.graph.output[0].name)
-    return _port(inputs[0], names[0]), _port(model.graph.output[0], names[1])
+    if len(inputs) != 1 or not model.graph.output:
+        raise EmitError(
+            f"the network has {len(inputs)} inputs and {len(model.graph.output)} outputs: give one with one input"
+        )
+
+    def named(value: ValueInfoProto, kind: int, number: int) -> _Port:
+        return _port(value, f"{backend.ports[kind]}{number}" if backend.ports else value.name)
+
+    return named(inputs[0], 0, 0), [named(value, 1, i) for i, value in enumerate(model.graph.output)]
 
 
 def _port(value: ValueInfoProto, name: str) -> _Port:
@@ -195,8 +204,9 @@ def _port(value: ValueInfoProto, name: str) -> _Port:
     }
     kind = value.type.tensor_type
     dims = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim)
-    if kind.elem_type not in types or len(dims) < 2:
-        raise EmitError(f"{value.name} of the network is neither images nor logits: it is {kind.elem_type} {dims}")
+    if kind.elem_type not in types or not dims:
+        name = TensorProto.DataType.Name(kind.elem_type).lower()
+        raise EmitError(f"{value.name} of the network is {name} {list(dims)}: give float tensors with a batch")
     return _Port(name, types[kind.elem_type], dims)
 
 

@@ -1,7 +1,8 @@
-"""What people train: the DGConv layer, networks made of it, and the complexity that training keeps in budget."""
+"""What people train: the DGConv layers, networks made of them, and the complexity that training keeps in budget."""
 
 from foldgroup.nn.complexity import budget, complexity, complexity_penalty
-from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.nn.dgconv import DGConv, DGConv1d, DGConv2d, DGConv3d
+from foldgroup.nn.groupable import groupable
 from foldgroup.nn.resnext import (
     BottleneckConfig,
     GroupableResNet,
@@ -15,7 +16,10 @@ from foldgroup.nn.resnext import (
 
 __all__ = [
     "BottleneckConfig",
+    "DGConv",
+    "DGConv1d",
     "DGConv2d",
+    "DGConv3d",
     "GroupableResNet",
     "StageConfig",
     "budget",
@@ -26,4 +30,5 @@ __all__ = [
     "g_resnext50",
     "g_resnext101",
     "g_resnext101_32x8d",
+    "groupable",
 ]

@@ -6,25 +6,27 @@ import torch
 from torch import Tensor, nn
 
 from foldgroup.errors import ModelError
-from foldgroup.nn.dgconv import DGConv2d
+from foldgroup.nn.dgconv import DGConv
 
 ALPHA = -0.02
 """The exponent a where ζ > o (section 3.3 of the paper)."""
 
 
-def groupable_layers(model: nn.Module) -> dict[str, DGConv2d]:
+def groupable_layers(model: nn.Module) -> dict[str, DGConv]:
     """Every DGConv layer of ``model`` by name.
 
     Raises:
         ModelError: if there is none.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, DGConv2d)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, DGConv)}
     if not layers:
-        raise ModelError(f"{type(model).__name__} has no DGConv2d layer: build it with foldgroup.nn")
+        raise ModelError(
+            f"{type(model).__name__} has no DGConv layer: turn its convolutions with foldgroup.nn.groupable"
+        )
     return layers
 
 
-def layer_complexity(layer: DGConv2d) -> Tensor:
+def layer_complexity(layer: DGConv) -> Tensor:
     """ζ_ℓ: the ones in the layer's mask, as a differentiable scalar.
 
     Σ of a Kronecker product is the product of the factors' sums: n(1 + (n−1)g) for a square factor of size n, which for

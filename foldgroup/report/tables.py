@@ -27,7 +27,6 @@ CELLS = 20
 
 def inspection_table(inspection: Inspection) -> Group:
     """The learned layers, their groups as a bar chart, and the totals. MACs are for one image."""
-    c, h, w = inspection.input_shape
     learned = inspection.learned_macs
     of_dense = _ratio(learned, inspection.learned_dense_macs)
     of_uniform = _ratio(learned, inspection.learned_uniform_macs)
@@ -35,25 +34,35 @@ def inspection_table(inspection: Inspection) -> Group:
         ("Learned layers", f"{count(learned)} MACs: {of_dense} of dense kernels, {of_uniform} of 32 uniform groups"),
         ("Complexity", f"ζ = {inspection.zeta:,} ones of {inspection.dense_zeta:,} in the masks,"),
         ("", f"as many as b = {inspection.equivalent_b:.1f} uniform groups would leave"),
-        *(("Note", note) for note in inspection.notes),
     ]
+    learned_layers: list[RenderableType] = [_layer_table(inspection), "", _group_chart(inspection)]
+    if not inspection.layers:
+        totals, learned_layers = [], [paragraph("No layer learned its groups.")]
     return Group(
         heading(f"{inspection.arch} in {inspection.kind} {inspection.name}"),
         paragraph(
-            f"input {c}×{h}×{w}, {inspection.classes} classes, {inspection.dialect} layout, "
+            f"input {_sizes(inspection.input_shape)}, {_gives(inspection)}, {inspection.dialect} layout, "
             f"checkpoint {inspection.sha256[:12]}"
         ),
         "",
-        _layer_table(inspection),
-        "",
-        _group_chart(inspection),
+        *learned_layers,
         "",
         _before_after(
             inspection.macs_training, inspection.macs_executed, inspection.params_training, inspection.params_folded
         ),
         "",
-        facts(totals),
+        facts([*totals, *(("Note", note) for note in inspection.notes)]),
     )
+
+
+def _sizes(shape: Sequence[int | str]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _gives(inspection: Inspection) -> str:
+    if inspection.classes is not None:
+        return f"{inspection.classes} classes"
+    return ", ".join(f"{name} {_sizes(shape[1:])}" for name, shape in inspection.outputs)
 
 
 def _layer_table(inspection: Inspection) -> Table:
@@ -100,7 +109,7 @@ def _before_after(macs_before: int, macs_after: int, params_before: int, params_
         ("parameters", params_before, params_after),
     )
     for name, before, after in rows:
-        table.add_row(name, count(before), count(after), f"{before / after:.2f}")
+        table.add_row(name, count(before), count(after), f"{before / after:.2f}" if after else "n/a")
     return table
 
 
@@ -110,7 +119,7 @@ def _ratio(part: int, whole: int | None) -> str:
 
 def benchmark_table(report: BenchmarkReport) -> Group:
     """Times, costs and speed-ups of a benchmark, and a plain sentence for each comparison."""
-    c, h, w = report.input_shape
+    one = _sizes(report.input_shape)
     threads = "default" if report.threads is None else report.threads
     times = grid(["subject", "runs on", "median ms", "p90 ms", "p99 ms", "cv", "images/s"], left=(0, 1))
     costs = grid(["one image", "MACs", "FLOPs", "grouped\nMACs", "share", "parameters", "file"])
@@ -143,7 +152,7 @@ def benchmark_table(report: BenchmarkReport) -> Group:
     ]
     streams = f", {report.streams} streams at a time" if report.streams > 1 else ""
     return Group(
-        heading(f"{report.checkpoint['arch']}, batch {report.batch} of {c}×{h}×{w}, threads: {threads}{streams}"),
+        heading(f"{report.checkpoint['arch']}, batch {report.batch} of {one}, threads: {threads}{streams}"),
         paragraph(f"{report.rounds} rounds, every subject once a round in random order"),
         "",
         times,
@@ -185,10 +194,10 @@ def compile_summary(bundle: Bundle) -> Group:
     shuffles = manifest["shuffles"]
     groups = [layer["groups"] for layer in manifest["layers"]]
     kept = shuffles["kept"]
-    fates = f"{shuffles['absorbed']} absorbed, {shuffles['cancelled']} cancelled, {len(kept)} kept"
-    between = f"{min(groups)} to {max(groups)} groups" if len(set(groups)) > 1 else f"{groups[0]} groups each"
+    fates = ", ".join(f"{shuffles.get(fate, 0)} {fate}" for fate in ("absorbed", "cancelled", "coarsened"))
+    fates += f", {len(kept)} kept"
     folded = [
-        ("Layers", f"{len(groups)} learned, {between}"),
+        ("Layers", _learned(groups)),
         ("Shuffles", f"{shuffles['inserted']} inserted: {fates}"),
         *(("  kept", f"{entry['node']}: {entry['reason']}") for entry in kept),
         *_equality(bundle),
@@ -213,6 +222,13 @@ def compile_summary(bundle: Bundle) -> Group:
     )
 
 
+def _learned(groups: Sequence[int]) -> str:
+    if not groups:
+        return "none learned its groups"
+    between = f"{min(groups)} to {max(groups)} groups" if len(set(groups)) > 1 else f"{groups[0]} groups each"
+    return f"{len(groups)} learned, {between}"
+
+
 def _equality(bundle: Bundle) -> Iterator[tuple[str, str]]:
     """Certificate, float64 error and runtime tiers, one fact each."""
     proof = bundle.manifest["certificate"]
@@ -224,8 +240,10 @@ def _equality(bundle: Bundle) -> Iterator[tuple[str, str]]:
     error = bundle.verification["float64_max_error"]
     yield "float64", f"max error {error:.1e} of the largest output (limit {FLOAT64_LIMIT:.0e})"
     for name, tier in sorted(bundle.verification["tiers"].items()):
-        agreement = f"top-1 agreement {tier['top1_agreement']:.2%} of {tier['images']} inputs"
-        yield name, f"max error {tier['max_error']:.1e} (limit {tier['limits']['max_error']:g}), {agreement}"
+        top1 = tier["top1_agreement"]
+        agreement = "" if top1 is None else f"top-1 agreement {top1:.2%} of "
+        limit = f"limit {tier['limits']['max_error']:g}"
+        yield name, f"max error {tier['max_error']:.1e} ({limit}), {agreement}{tier['images']} inputs"
     for precision, layers in sorted(bundle.verification.get("worst_layers", {}).items()):
         worst = ", ".join(f"{entry['layer']} {entry['error']:.1e}" for entry in layers[:3])
         yield f"{precision} costs", f"most at {worst}"

@@ -20,7 +20,8 @@ import torch
 
 from foldgroup.emit.aotinductor import METADATA, quiet, read_metadata
 from foldgroup.errors import EmitError, RunnerError, UnavailableError
-from foldgroup.run.base import Runner, check_count
+from foldgroup.outputs import flat
+from foldgroup.run.base import Outputs, Runner, check_count
 from foldgroup.run.pytorch import torch_threads
 
 _EXTENSIONS = {"avx512": "avx512_f", "asimd": "neon"}
@@ -60,12 +61,12 @@ class AotInductorRunner(Runner):
             raise RunnerError(f"torch {torch.__version__} cannot load {self._what()}: {error}") from error
         self._metadata = metadata
         least, greatest = self._numbers("batch")
-        self.batch_range = (least, greatest)
+        self.batch_range, self.rank = (least, greatest), 1 + len(self._numbers("shape"))
 
     def _release(self) -> None:
         self._model = None
 
-    def _run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    def _run(self, inputs: npt.NDArray[np.float32]) -> Outputs:
         least, greatest = self._numbers("batch")
         shape = self._numbers("shape")
         if not least <= inputs.shape[0] <= greatest or inputs.shape[1:] != shape:
@@ -78,10 +79,9 @@ class AotInductorRunner(Runner):
         images = torch.tensor(inputs, device=self._device)
         try:
             with torch.inference_mode(), torch_threads(self._threads):
-                result: npt.NDArray[Any] = self._model(images).cpu().numpy()
+                return tuple(output.cpu().numpy() for output in flat(self._model(images)))
         except Exception as error:
             raise RunnerError(f"{self._what()} did not run: {error}") from error
-        return result
 
     def _describe(self) -> dict[str, str | int]:
         return {

@@ -4,6 +4,7 @@
 
     with OnnxRuntimeRunner(Path("model.onnx"), threads=1) as runner:
         logits = runner.run(images)         # [N, C, H, W] float32 → [N, classes]
+        every = runner.outputs(images)      # of a network with several outputs, in its order
         print(runner.describe())            # what really ran
 
 A new runtime is a subclass with four short methods; what every runtime must refuse is refused here.
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+Outputs = tuple[npt.NDArray[Any], ...]
+"""What a network gives for one input: an array for every output, in its order, the batch first in each."""
+
+_AXES = ("N", "C", "D", "H", "W")
+
+
 class Runner(ABC):
     """A network loaded into one runtime. Building a runner is cheap; entering it loads or compiles the network.
 
@@ -36,6 +43,9 @@ class Runner(ABC):
 
     batch_range: tuple[int, int] | None = None
     """Least and greatest batch that the network takes; None for any. Known once the runner is open."""
+
+    rank = 4
+    """Axes of the input, the batch among them. Known once the runner is open."""
 
     _open = False
 
@@ -57,16 +67,27 @@ class Runner(ABC):
         self._release()
 
     def run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-        """Logits [N, classes] of images [N, C, H, W]: float64 from a runner in float64, else float32.
+        """The only output, such as logits [N, classes] of images [N, C, H, W].
+
+        It is float64 from a runner in float64, else float32.
 
         Raises:
-            RunnerError: if the inputs are no float32 array of four axes, or if the network does not take their shape.
+            RunnerError: as :meth:`outputs`, or if the network has several outputs.
+        """
+        return _only(self.outputs(inputs))
+
+    def outputs(self, inputs: npt.NDArray[np.float32]) -> Outputs:
+        """Every output, in the network's order.
+
+        Raises:
+            RunnerError: if the inputs are no float32 array of as many axes as the network takes (:attr:`rank`), or if
+                it does not take their shape.
         """
         self._check_open()
-        if inputs.ndim != 4 or inputs.dtype != np.float32:
+        if inputs.ndim != self.rank or inputs.dtype != np.float32:
             raise RunnerError(
                 f"{self.name} runner got inputs of type {inputs.dtype} and shape {list(inputs.shape)}: "
-                "give it float32 images of shape [N, C, H, W]"
+                f"give it float32 {'images' if self.rank == 4 else 'arrays'} of shape {_shape_in_words(self.rank)}"
             )
         return self._run(np.ascontiguousarray(inputs))
 
@@ -92,8 +113,8 @@ class Runner(ABC):
         """Let go of what was loaded."""
 
     @abstractmethod
-    def _run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-        """Run contiguous float32 inputs [N, C, H, W]."""
+    def _run(self, inputs: npt.NDArray[np.float32]) -> Outputs:
+        """Run contiguous float32 inputs [N, C, …]."""
 
     @abstractmethod
     def _describe(self) -> dict[str, str | int]:
@@ -118,18 +139,39 @@ def fits(shape: Sequence[int], declared: Sequence[int | str | None]) -> bool:
 
 
 def run_all(runner: Runner, inputs: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
-    """Logits [N, classes] of images [N, C, H, W] for any N: in parts that the network takes, a short one filled up.
+    """The only output, such as logits [N, classes], for inputs [N, C, …] of any N.
 
     Raises:
         RunnerError: as :meth:`Runner.run`.
+    """
+    return _only(all_outputs(runner, inputs))
+
+
+def all_outputs(runner: Runner, inputs: npt.NDArray[np.float32]) -> Outputs:
+    """Every output for inputs [N, C, …] of any N: in parts that the network takes, a short one filled up.
+
+    Raises:
+        RunnerError: as :meth:`Runner.outputs`.
     """
     least, greatest = runner.batch_range or (1, len(inputs))
     results = []
     for start in range(0, len(inputs), greatest):
         part = inputs[start : start + greatest]
         filled = part[np.arange(max(least, len(part))) % len(part)]
-        results.append(runner.run(filled)[: len(part)])
-    return np.concatenate(results)
+        results.append([output[: len(part)] for output in runner.outputs(filled)])
+    return tuple(np.concatenate(parts) for parts in zip(*results, strict=True))
+
+
+def _only(outputs: Outputs) -> npt.NDArray[Any]:
+    if len(outputs) != 1:
+        raise RunnerError(f"the network has {len(outputs)} outputs, and one is wanted here: ask for all of them")
+    return outputs[0]
+
+
+def _shape_in_words(rank: int) -> str:
+    """``[N, C, H, W]`` for 4 axes."""
+    names = {3: ("N", "C", "L"), 4: ("N", "C", "H", "W")}.get(rank, _AXES[:rank])
+    return f"[{', '.join(names)}{', …' * (rank > len(names))}]"
 
 
 def fixed_batch(declared: Sequence[int | str | None]) -> tuple[int, int] | None:

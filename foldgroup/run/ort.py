@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from foldgroup.errors import RunnerError, UnavailableError
-from foldgroup.run.base import Runner, check_count, fits, fixed_batch, import_runtime
+from foldgroup.run.base import Outputs, Runner, check_count, fits, fixed_batch, import_runtime
 
 _LOG_FATAL = 4
 """ONNX Runtime's severity 4. What it calls an error is raised as an exception, or is about a GPU it did not find."""
@@ -52,7 +52,7 @@ _TENSORRT_PRECISIONS = {"fp16": "trt_fp16_enable", "bf16": "trt_bf16_enable", "i
 
 
 class OnnxRuntimeRunner(Runner):
-    """Runs an ONNX model with one input and one output, given as bytes or as a file.
+    """Runs an ONNX model with one input, given as bytes or as a file.
 
     ``threads`` is the number of threads inside one operation; None lets ONNX Runtime choose. Operations run one after
     another, and worker threads stop spinning when a call ends: otherwise they would take processor time from whatever
@@ -127,13 +127,11 @@ class OnnxRuntimeRunner(Runner):
             raise UnavailableError(
                 f"ONNX Runtime would run {self._what()} on {running} in place of {asked}: {reason}{_need(asked)}"
             )
-        if len(session.get_inputs()) != 1 or len(session.get_outputs()) != 1:
-            raise RunnerError(
-                f"{self._what()} has {len(session.get_inputs())} inputs and {len(session.get_outputs())} outputs: "
-                "give a model with one of each"
-            )
+        if len(session.get_inputs()) != 1:
+            raise RunnerError(f"{self._what()} has {len(session.get_inputs())} inputs: give a model with one")
         self._session = session
-        self.batch_range = fixed_batch(session.get_inputs()[0].shape)
+        declared = session.get_inputs()[0].shape
+        self.batch_range, self.rank = fixed_batch(declared), len(declared)
 
     def _session_options(self, ort: Any) -> Any:
         options = ort.SessionOptions()
@@ -158,16 +156,14 @@ class OnnxRuntimeRunner(Runner):
     def _release(self) -> None:
         self._session = None
 
-    def _run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    def _run(self, inputs: npt.NDArray[np.float32]) -> Outputs:
         (port,) = self._session.get_inputs()
         if not fits(inputs.shape, port.shape):
             raise RunnerError(f"{self._what()} takes inputs of shape {port.shape}, not {list(inputs.shape)}")
         try:
-            (logits,) = self._session.run(None, {port.name: inputs})
+            return tuple(self._session.run(None, {port.name: inputs}))
         except Exception as error:
             raise RunnerError(f"ONNX Runtime could not run {self._what()}: {error}") from error
-        result: npt.NDArray[Any] = logits
-        return result
 
     def _describe(self) -> dict[str, str | int]:
         """On a GPU, ``cpu_nodes`` counts by kind the nodes that it left to the CPU, if there are any."""

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from foldgroup.errors import RunnerError, UnavailableError
-from foldgroup.run.base import Runner, check_count, fits, fixed_batch, import_runtime
+from foldgroup.run.base import Outputs, Runner, check_count, fits, fixed_batch, import_runtime
 
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 
@@ -44,7 +44,7 @@ _KINDS = (
 
 
 class OpenVinoRunner(Runner):
-    """Runs an ONNX model with one float32 input and one float32 output, given as bytes or as a file.
+    """Runs an ONNX model with one float32 input and float32 outputs, given as bytes or as a file.
 
     ``precision`` is fp32, bf16, fp16 or int8 (see the top of this module). ``device`` is CPU, GPU, GPU.1 …; the runner
     compiles for that one alone. ``threads`` is the number of threads inside one operation on a CPU, None OpenVINO's
@@ -99,14 +99,15 @@ class OpenVinoRunner(Runner):
                 f"not in {self._precision}: give it a file compiled for {self._precision}"
             )
         self._compiled, self._layers = compiled, layers
-        self.batch_range = fixed_batch(_shape(compiled.inputs[0]))
+        declared = _shape(compiled.inputs[0])
+        self.batch_range, self.rank = fixed_batch(declared), len(declared)
         self._provider = f"{self._device}: {core.get_property(self._device, 'FULL_DEVICE_NAME')}"
 
     def _release(self) -> None:
         self._compiled = None
         self._requests = threading.local()
 
-    def _run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    def _run(self, inputs: npt.NDArray[np.float32]) -> Outputs:
         declared = _shape(self._compiled.inputs[0])
         if not fits(inputs.shape, declared):
             raise RunnerError(f"{_what(self._model)} takes inputs of shape {declared}, not {list(inputs.shape)}")
@@ -115,10 +116,10 @@ class OpenVinoRunner(Runner):
             request = self._requests.request = self._compiled.create_infer_request()
         try:
             # The call returns when it is done, so OpenVINO may read our memory; its own is the next call's.
-            result: npt.NDArray[Any] = request.infer({0: inputs}, share_inputs=True, share_outputs=False)[0]
+            results = request.infer({0: inputs}, share_inputs=True, share_outputs=False)
+            return tuple(results[i] for i in range(len(self._compiled.outputs)))
         except Exception as error:  # OpenVINO raises RuntimeError, and TypeError for arguments
             raise RunnerError(f"OpenVINO could not run {_what(self._model)}: {_words(error)}") from error
-        return result
 
     def _describe(self) -> dict[str, str | int]:
         """``precision`` is that of most convolutions; ``layers`` counts them all if they differ.
@@ -141,22 +142,20 @@ class OpenVinoRunner(Runner):
         return facts
 
     def _check_ports(self, compiled: Any) -> None:
-        if len(compiled.inputs) != 1 or len(compiled.outputs) != 1:
+        if len(compiled.inputs) != 1:
+            raise RunnerError(f"{_what(self._model)} has {len(compiled.inputs)} inputs: give a model with one")
+        taken, *given = (port.get_element_type().get_type_name() for port in (*compiled.inputs, *compiled.outputs))
+        if {taken, *given} != {"f32"}:
             raise RunnerError(
-                f"{_what(self._model)} has {len(compiled.inputs)} inputs and {len(compiled.outputs)} outputs: "
-                "give a model with one of each"
-            )
-        types = [port.get_element_type().get_type_name() for port in (*compiled.inputs, *compiled.outputs)]
-        if types != ["f32", "f32"]:
-            raise RunnerError(
-                f"{_what(self._model)} takes {types[0]} and gives {types[1]}: give a model that takes and gives float32"
+                f"{_what(self._model)} takes {taken} and gives {', '.join(dict.fromkeys(given))}: "
+                "give a model that takes and gives float32"
             )
 
 
 def intermediate(
     model: bytes, inputs: npt.NDArray[np.float32], *, precision: str = "fp32", device: str = "CPU"
 ) -> dict[str, npt.NDArray[Any]]:
-    """Every value that OpenVINO computes for ``inputs`` [N, C, H, W], by the name of its layer; bfloat16 as float32.
+    """Every value that OpenVINO computes for ``inputs`` [N, C, …], by the name of its layer; bfloat16 as float32.
 
     A value that is asked for must exist, so layers that OpenVINO would fuse run one by one.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +12,15 @@ import torch
 from torch import nn
 
 from foldgroup.errors import RunnerError
-from foldgroup.nn.dgconv import DGConv2d
-from foldgroup.run.base import Runner, check_count
+from foldgroup.nn.dgconv import DGConv
+from foldgroup.outputs import flat
+from foldgroup.run.base import Outputs, Runner, check_count
 
 _PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class TorchRunner(Runner):
-    """Runs a copy of ``module`` in evaluation mode; the module itself is left as it was.
+    """Runs a copy of ``module``, which takes ``rank`` axes, in evaluation mode; the module itself is left as it was.
 
     ``threads`` holds during this runner's calls only, so that runners with different counts can be interleaved; None
     keeps PyTorch's own setting.
@@ -31,13 +31,16 @@ class TorchRunner(Runner):
 
     name = "torch"
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32, threads: int | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype = torch.float32, threads: int | None = None, rank: int = 4
+    ) -> None:
         if dtype not in _PRECISIONS:
             raise RunnerError(f"cannot run in {dtype}: choose one of {', '.join(map(str, _PRECISIONS))}")
         check_count(threads, "threads")
         self._source = module
         self._dtype = dtype
         self._threads = threads
+        self.rank = rank
         self._module: nn.Module | None = None
 
     def _load(self) -> None:
@@ -46,17 +49,16 @@ class TorchRunner(Runner):
     def _release(self) -> None:
         self._module = None
 
-    def _run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    def _run(self, inputs: npt.NDArray[np.float32]) -> Outputs:
         assert self._module is not None
         # A copy even in float32: the network may begin with an operation that works in place.
         images = torch.tensor(inputs, dtype=self._dtype)
         try:
             with torch.inference_mode(), torch_threads(self._threads):
-                logits = self._module(images).to(torch.promote_types(self._dtype, torch.float32))
-            result: npt.NDArray[Any] = logits.numpy()
+                wide = torch.promote_types(self._dtype, torch.float32)
+                return tuple(output.to(wide).numpy() for output in flat(self._module(images)))
         except Exception as error:  # a network raises what it likes
             raise RunnerError(f"torch cannot run inputs of shape {list(inputs.shape)}: {error}") from error
-        return result
 
     def _describe(self) -> dict[str, str | int]:
         return {
@@ -73,7 +75,7 @@ def _cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     A gate counts by its sign alone and starts at ±1e-8, which float16 rounds to 0: casting it would change the groups.
     """
     copied = copy.deepcopy(module).eval()
-    gates = {layer: layer.gate.detach().cpu().clone() for layer in copied.modules() if isinstance(layer, DGConv2d)}
+    gates = {layer: layer.gate.detach().cpu().clone() for layer in copied.modules() if isinstance(layer, DGConv)}
     copied.to("cpu", dtype)
     for layer, gate in gates.items():
         layer.gate = nn.Parameter(gate)

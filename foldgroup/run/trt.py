@@ -16,20 +16,20 @@ import torch
 
 from foldgroup.emit.tensorrt import RTX, error_log
 from foldgroup.errors import RunnerError, UnavailableError
-from foldgroup.run.base import Runner, import_runtime
+from foldgroup.run.base import Outputs, Runner, import_runtime
 
 _GPU = "an NVIDIA GPU with its driver"
 
 
 class TensorRtRunner(Runner):
-    """Runs an engine with one input and one output, on PyTorch's current CUDA device.
+    """Runs an engine with one input, on PyTorch's current CUDA device.
 
     ``module`` is the one that built the plan: ``tensorrt_rtx`` or ``tensorrt``. With ``cuda_graph`` the work for an
     input shape is captured once and replayed; a network that cannot be captured is enqueued each time. ``precision`` is
     what :meth:`describe` says of the plan, which itself does not tell.
 
-    :meth:`run` copies images to the GPU and logits back; :meth:`device_ms` times the network alone. One call at a time:
-    for several threads make as many runners.
+    :meth:`outputs` copies inputs to the GPU and results back; :meth:`device_ms` times the network alone. One call at a
+    time: for several threads make as many runners.
     """
 
     name = "tensorrt"
@@ -44,7 +44,7 @@ class TensorRtRunner(Runner):
         self._session: _Session | None = None
 
     def device_ms(self, inputs: npt.NDArray[np.float32], repeats: int) -> list[float]:
-        """Milliseconds on the GPU of ``repeats`` runs of ``inputs`` [N, C, H, W], copies left out.
+        """Milliseconds on the GPU of ``repeats`` runs of ``inputs`` [N, C, …], copies left out.
 
         The runs are queued one behind another on one stream, each between two CUDA events.
 
@@ -56,7 +56,7 @@ class TensorRtRunner(Runner):
         return self._opened().device_ms(inputs, repeats)
 
     def layer_times(self, inputs: npt.NDArray[np.float32]) -> dict[str, float]:
-        """Milliseconds that each layer of the engine takes for ``inputs`` [N, C, H, W], in the order they run.
+        """Milliseconds that each layer of the engine takes for ``inputs`` [N, C, …], in the order they run.
 
         Names lead back to the checkpoint's layers; fused ones hold several. Profiling slows layers down: compare them
         with each other, not their sum with :meth:`device_ms`.
@@ -95,12 +95,12 @@ class TensorRtRunner(Runner):
                 f"version that built it, on the GPUs it was built for; this one is {torch.cuda.get_device_name()}"
             )
         self._session = _Session(trt, log, runtime, engine, rtx=self._module == RTX, cuda_graph=self._cuda_graph)
-        self.batch_range = self._session.batch_range()
+        self.batch_range, self.rank = self._session.batch_range(), self._session.rank()
 
     def _release(self) -> None:
         self._session = None
 
-    def _run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    def _run(self, inputs: npt.NDArray[np.float32]) -> Outputs:
         return self._opened().run(inputs)
 
     def _describe(self) -> dict[str, str | int]:
@@ -121,8 +121,8 @@ class _Bound:
 
     host_input: torch.Tensor
     device_input: torch.Tensor
-    device_output: torch.Tensor
-    host_output: torch.Tensor
+    device_outputs: dict[str, torch.Tensor]
+    host_outputs: dict[str, torch.Tensor]
     graph: torch.cuda.CUDAGraph | None = None
 
 
@@ -137,20 +137,20 @@ class _Session:
         self.rtx = rtx
         self.cuda_graph = cuda_graph
         self.bound: _Bound | None = None
-        self.input = self._port(trt.TensorIOMode.INPUT)
-        self.output = self._port(trt.TensorIOMode.OUTPUT)
+        (self.input,) = self._ports(trt.TensorIOMode.INPUT, only=True)
+        self.outputs = self._ports(trt.TensorIOMode.OUTPUT)
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch's own gap
         self.context = self._new_context()
 
-    def run(self, inputs: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def run(self, inputs: npt.NDArray[np.float32]) -> Outputs:
         bound = self._fill(inputs)
         with torch.cuda.stream(self.stream):
             self._launch(bound)
-            bound.host_output.copy_(bound.device_output, non_blocking=True)
+            for name, host in bound.host_outputs.items():
+                host.copy_(bound.device_outputs[name], non_blocking=True)
         self.stream.synchronize()
-        # A copy: the buffer is written again by the next run.
-        result: npt.NDArray[np.float32] = bound.host_output.to(torch.float32, copy=True).numpy()
-        return result
+        # Copies: the buffers are written again by the next run.
+        return tuple(host.to(torch.float32, copy=True).numpy() for host in bound.host_outputs.values())
 
     def device_ms(self, inputs: npt.NDArray[np.float32], repeats: int) -> list[float]:
         bound = self._fill(inputs)
@@ -183,13 +183,13 @@ class _Session:
         information: dict[str, Any] = json.loads(text)
         return information
 
-    def _port(self, mode: Any) -> str:
-        """The name of the one input or output."""
+    def _ports(self, mode: Any, *, only: bool = False) -> list[str]:
+        """The names of the inputs or outputs, in the order of the ONNX file."""
         names = [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
-        found = [name for name in names if self.engine.get_tensor_mode(name) == mode]
-        if len(found) != 1:
-            raise RunnerError(f"the engine has {len(found)} {mode.name.lower()}s: give one with one input and output")
-        return str(found[0])
+        found = [str(name) for name in names if self.engine.get_tensor_mode(name) == mode]
+        if not found or (only and len(found) > 1):
+            raise RunnerError(f"the engine has {len(found)} {mode.name.lower()}s: give one with one input and outputs")
+        return found
 
     def _new_context(self) -> Any:
         if self.rtx:
@@ -219,14 +219,14 @@ class _Session:
         """Buffers for an input shape; the network has run on them once and is captured if it can be."""
         if not self.context.set_input_shape(self.input, shape):
             raise RunnerError(f"the engine takes inputs of shape {self._accepted()}, not {list(shape)}")
-        result = tuple(self.context.get_tensor_shape(self.output))
-        given_type, result_type = (self._type(name) for name in (self.input, self.output))
+        given = self._type(self.input)
+        results = {name: (tuple(self.context.get_tensor_shape(name)), self._type(name)) for name in self.outputs}
         with torch.cuda.stream(self.stream):
             bound = _Bound(
-                host_input=torch.empty(shape, dtype=given_type, pin_memory=True),
-                device_input=torch.zeros(shape, dtype=given_type, device="cuda"),
-                device_output=torch.empty(result, dtype=result_type, device="cuda"),
-                host_output=torch.empty(result, dtype=result_type, pin_memory=True),
+                host_input=torch.empty(shape, dtype=given, pin_memory=True),
+                device_input=torch.zeros(shape, dtype=given, device="cuda"),
+                device_outputs={n: torch.empty(s, dtype=kind, device="cuda") for n, (s, kind) in results.items()},
+                host_outputs={n: torch.empty(s, dtype=kind, pin_memory=True) for n, (s, kind) in results.items()},
             )
         self._set_addresses(self.context, bound)
         self._enqueue(self.context)  # loads kernels, which must not happen while capturing
@@ -237,7 +237,8 @@ class _Session:
     def _set_addresses(self, context: Any, bound: _Bound) -> None:
         context.set_input_shape(self.input, tuple(bound.device_input.shape))
         context.set_tensor_address(self.input, bound.device_input.data_ptr())
-        context.set_tensor_address(self.output, bound.device_output.data_ptr())
+        for name, buffer in bound.device_outputs.items():
+            context.set_tensor_address(name, buffer.data_ptr())
 
     def _capture(self) -> torch.cuda.CUDAGraph | None:
         """One run of the network as a CUDA graph; None if it cannot be captured."""
@@ -276,6 +277,10 @@ class _Session:
         """Least and greatest batch of the engine's profile."""
         least, _, greatest = self.engine.get_tensor_profile_shape(self.input, 0)
         return int(least[0]), int(greatest[0])
+
+    def rank(self) -> int:
+        """Axes of the input."""
+        return len(self.engine.get_tensor_profile_shape(self.input, 0)[0])
 
     def _accepted(self) -> str:
         """The input shape as the engine declares it, a free axis as its least and greatest size."""

@@ -11,6 +11,7 @@ from torch import fx, nn
 from foldgroup.channel_order import ChannelOrder
 from foldgroup.emit.onnx import export_onnx, intermediate_outputs, stored_weights_match
 from foldgroup.emit.rewrite import densify
+from foldgroup.equivalence import runtime_layer_errors
 from foldgroup.errors import EmitError, EquivalenceError
 from foldgroup.forms import ChannelShuffle
 from foldgroup.run import OnnxRuntimeRunner
@@ -161,3 +162,64 @@ def test_what_cannot_be_exported_is_an_emit_error() -> None:
 
     with pytest.raises(EmitError, match="ONNX export failed"):
         export_onnx(trace(Unfit(), (1, 3, 4, 4)), (1, 3, 4, 4))
+
+
+class Clashes(nn.Module):
+    """Outputs named after a layer, after a parameter and after what the exporter calls a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relu, self.scale = nn.ReLU(), nn.Parameter(torch.full((1, 4, 1, 1), 2.0))
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.relu(self.conv(x) * self.scale)
+        z = y + 1
+        return {"conv": z, "scale": y, "add": y.mean((2, 3)), "again": z, "relu": self.relu(z - 2), "given": x}
+
+
+def test_outputs_keep_their_names_and_values_whatever_else_is_called_so() -> None:
+    graph = trace(Clashes(), (1, 3, 4, 4))
+    model = export_onnx(graph, (1, 3, 4, 4))
+    proto = onnx.load_from_string(model)
+    assert [value.name for value in proto.graph.output] == ["conv", "scale", "add", "again", "relu", "given"]
+    inputs = torch.randn(2, 3, 4, 4)
+    with OnnxRuntimeRunner(model) as runner:
+        outputs = runner.outputs(inputs.numpy())
+    with torch.no_grad():
+        expected = graph(inputs)
+    for ours, theirs in zip(outputs, expected.values(), strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5)
+
+
+class Sequence(nn.Module):
+    """Layers that take several ONNX nodes: a linear layer of three axes, called twice, and a padded convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+        self.conv = nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular")
+        self.up = nn.ConvTranspose1d(4, 2, 2, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.up(torch.relu(self.conv(self.fc(torch.relu(self.fc(x)))))))
+
+
+def test_a_layer_of_several_nodes_has_its_name_at_its_weights_and_at_its_result() -> None:
+    torch.manual_seed(0)
+    graph = trace(Sequence(), (1, 4, 6))
+    model = export_onnx(graph, (1, 4, 6))
+    nodes = {node.name: (node.op_type, node.output[0]) for node in onnx.load_from_string(model).graph.node}
+    assert nodes["fc"] == ("MatMul", "fc.matmul") and nodes["fc.add"] == ("Add", "fc")
+    assert nodes["fc_2"] == ("MatMul", "fc_2.matmul") and nodes["fc.add_2"] == ("Add", "fc_2")
+    assert nodes["conv.pad"] == ("Pad", "conv.pad") and nodes["conv"] == ("Conv", "conv")
+    assert stored_weights_match(model, graph) == 4
+    inputs = torch.randn(2, 4, 6)
+    errors = runtime_layer_errors(graph, intermediate_outputs(model, inputs.numpy()), inputs)
+    assert list(errors) == ["fc", "fc_2", "conv", "up"] and max(errors.values()) < 1e-5
+    biased = fork(graph)
+    layer = nn.Linear(6, 6)
+    layer.weight = graph.get_submodule("fc").weight
+    biased.add_submodule("fc", layer)
+    with pytest.raises(EquivalenceError, match=r"fc: the bias in model\.onnx is not"):
+        stored_weights_match(model, biased)

@@ -55,6 +55,36 @@ def parameters(config: pb.ModelConfig) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("variant", SERVED, ids=str)
+def test_all_outputs_are_served_whatever_their_rank(variant: Variant) -> None:
+    proto = onnx.load_from_string(network())
+    proto.graph.node.add(op_type="ReduceMean", input=["logits", "axis"], output=["mean"]).attribute.add(
+        name="keepdims", type=onnx.AttributeProto.INT, i=0
+    )
+    proto.graph.initializer.append(helper.make_tensor("axis", TensorProto.INT64, [1], [1]))
+    proto.graph.output.append(helper.make_tensor_value_info("mean", TensorProto.FLOAT, ["batch"]))
+    config = parse(repository(variant, proto.SerializeToString()))
+    logits, mean = config.output
+    if config.max_batch_size:
+        assert list(logits.dims) == [3]
+        assert list(mean.dims) == [1] and mean.HasField("reshape") and not mean.reshape.shape
+    else:
+        assert (list(logits.dims), list(mean.dims)) == ([-1, 3], [-1])
+    if variant.target.name == "aotinductor":
+        assert (logits.name, mean.name) == ("OUTPUT__0", "OUTPUT__1")
+    with pytest.raises(EmitError, match="3 class names, but the network has 3 and -1 outputs"):
+        repository(variant, proto.SerializeToString(), classes=CLASSES)
+
+
+def test_a_network_of_signals_is_served() -> None:
+    given = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 2, 9])
+    result = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2, 9])
+    graph = helper.make_graph([helper.make_node("Relu", ["input"], ["logits"])], "g", [given], [result])
+    config = parse(repository(Variant(TARGETS["onnxruntime"], "fp32"), helper.make_model(graph).SerializeToString()))
+    assert list(config.input[0].dims) == list(config.output[0].dims) == [2, 9]
+    assert warmed(config)[0] == (1, [2, 9])
+
+
+@pytest.mark.parametrize("variant", SERVED, ids=str)
 @pytest.mark.parametrize("batch", ["batch", 4])
 def test_ports_are_the_networks(variant: Variant, batch: int | str) -> None:
     model = network(batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,15 +13,19 @@ from torch import nn
 from torchvision.models import resnext50_32x4d
 
 from foldgroup.errors import ModelError
-from foldgroup.nn import DGConv2d, budget, complexity, complexity_penalty, g_resnext50
+from foldgroup.nn import DGConv1d, DGConv2d, DGConv3d, budget, complexity, complexity_penalty, g_resnext50
 from foldgroup.nn.complexity import ALPHA, groupable_layers, layer_complexity
 
 CHANNELS = st.integers(1, 36)
 
 
 def network(*channels, gates=None):
-    """DGConv layers of c_in → c_out channels in a row, with random gates or all of one value."""
-    model = nn.Sequential(*(DGConv2d(a, b, 1, bias=False) for a, b in channels))
+    """DGConv layers of c_in → c_out channels in a row, with random gates or all of one value.
+
+    Each has another number of dimensions than the one before: ζ does not depend on it.
+    """
+    kinds = cycle((DGConv2d, DGConv1d, DGConv3d))
+    model = nn.Sequential(*(kind(a, b, 1, bias=False) for kind, (a, b) in zip(kinds, channels, strict=False)))
     with torch.no_grad():
         for layer in model:
             layer.gate.copy_(torch.randn(layer.gate.shape) if gates is None else torch.full(layer.gate.shape, gates))
@@ -137,7 +143,7 @@ def test_another_exponent_can_be_asked_for():
 def test_a_network_without_groupable_layers_is_refused():
     model = nn.Sequential(nn.Conv2d(3, 3, 1))
     for use in (complexity, groupable_layers, lambda m: budget(m, 32), lambda m: complexity_penalty(m, 1.0)):
-        with pytest.raises(ModelError, match="Sequential has no DGConv2d layer"):
+        with pytest.raises(ModelError, match=r"Sequential has no DGConv layer: .*foldgroup\.nn\.groupable"):
             use(model)
 
 

@@ -1,4 +1,4 @@
-"""DGConv2d: a dense convolution under the mask its gates describe."""
+"""DGConv: a dense convolution under the mask its gates describe, in one, two and three dimensions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from torch.nn import functional
 
 from foldgroup.errors import ModelError
 from foldgroup.grouping import factorize
-from foldgroup.nn import DGConv2d
+from foldgroup.nn import DGConv, DGConv1d, DGConv2d, DGConv3d
 
+LEARNED = (DGConv1d, DGConv2d, DGConv3d)
+PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLVE = (functional.conv1d, functional.conv2d, functional.conv3d)
+SIZES = (7, 11, 5)
 CHANNELS = st.sampled_from([1, 2, 3, 4, 6, 8, 12, 15, 16])
 
 
@@ -26,35 +30,41 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @dataclass(frozen=True)
 class Settings:
-    """What nn.Conv2d takes besides its channels, each as (height, width)."""
+    """What a convolution takes besides its channels, each a number for every dimension."""
 
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
     bias: bool
     padding_mode: str
 
 
-SETTINGS = st.builds(
-    Settings,
-    kernel_size=st.tuples(st.integers(1, 3), st.integers(1, 4)),
-    stride=st.tuples(st.integers(1, 3), st.integers(1, 2)),
-    padding=st.tuples(st.integers(0, 2), st.integers(0, 3)),
-    dilation=st.tuples(st.integers(1, 2), st.integers(1, 3)),
-    bias=st.booleans(),
-    padding_mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
-)
+def settings(dimensions):
+    def each(low, *highs):
+        return st.tuples(*(st.integers(low, high) for high in highs[:dimensions]))
+
+    return st.builds(
+        Settings,
+        kernel_size=each(1, 3, 4, 2),
+        stride=each(1, 3, 2, 2),
+        padding=each(0, 2, 3, 1),
+        dilation=each(1, 2, 3, 2),
+        bias=st.booleans(),
+        padding_mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
+    )
 
 
 @st.composite
-def layers(draw, settings=SETTINGS):
-    """A DGConv2d in float64 with random gates of either sign, and an image it accepts."""
+def layers(draw):
+    """A DGConv of any dimensions in float64 with random gates of either sign, and an input it accepts."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    layer = DGConv2d(draw(CHANNELS), draw(CHANNELS), **vars(draw(settings)), dtype=torch.float64)
+    dimensions = draw(st.integers(1, 3))
+    kind = LEARNED[dimensions - 1]
+    layer = kind(draw(CHANNELS), draw(CHANNELS), **vars(draw(settings(dimensions))), dtype=torch.float64)
     with torch.no_grad():
         layer.gate.copy_(torch.randn(layer.gate.shape))
-    return layer, torch.randn(2, layer.in_channels, 7, 11, dtype=torch.float64)
+    return layer, torch.randn(2, layer.in_channels, *SIZES[:dimensions], dtype=torch.float64)
 
 
 def layer_with_bits(channels, bits, **kwargs):
@@ -65,8 +75,8 @@ def layer_with_bits(channels, bits, **kwargs):
 
 
 def conv_like(layer, groups=1):
-    """An nn.Conv2d with the layer's settings and weights of its own."""
-    return nn.Conv2d(
+    """Torch's convolution with the layer's settings and weights of its own."""
+    return PLAIN[len(layer.kernel_size) - 1](
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
@@ -80,10 +90,15 @@ def conv_like(layer, groups=1):
     )
 
 
+def per_weight(mask, weight):
+    """A mask [C_out, C_in] with an axis of one for every further axis of ``weight``."""
+    return mask.reshape(*mask.shape, *(1,) * (weight.ndim - 2))
+
+
 def independent_kernel(layer):
     """The weight where the channels' digits allow it, else 0: no Kronecker product."""
     mask = torch.from_numpy(mask_by_digits(layer.factors, layer.factor_bits)).T
-    return torch.where(mask[:, :, None, None], layer.weight.detach(), 0.0)
+    return torch.where(per_weight(mask, layer.weight), layer.weight.detach(), 0.0)
 
 
 # The same numbers as other ways to compute it
@@ -93,11 +108,10 @@ def independent_kernel(layer):
 @quick(80)
 def test_it_convolves_with_the_masked_kernel(case):
     layer, x = case
-    (top, left), mode = layer.padding, {"zeros": "constant"}.get(layer.padding_mode, layer.padding_mode)
-    padded = functional.pad(x, (left, left, top, top), mode=mode)
-    expected = functional.conv2d(
-        padded, independent_kernel(layer), layer.bias, stride=layer.stride, dilation=layer.dilation
-    )
+    mode = {"zeros": "constant"}.get(layer.padding_mode, layer.padding_mode)
+    padded = functional.pad(x, [size for size in reversed(layer.padding) for _ in range(2)], mode=mode)
+    convolve = CONVOLVE[len(layer.kernel_size) - 1]
+    expected = convolve(padded, independent_kernel(layer), layer.bias, stride=layer.stride, dilation=layer.dilation)
     torch.testing.assert_close(layer(x), expected)
 
 
@@ -138,6 +152,14 @@ def test_it_takes_the_arguments_of_conv2d(args, kwargs):
     assert torch.equal(layer(x), conv(x))
     assert isinstance(layer, nn.Conv2d)
     assert [name for name, _ in layer.named_parameters() if name != "gate"] == [n for n, _ in conv.named_parameters()]
+
+
+@pytest.mark.parametrize(("kind", "plain"), zip(LEARNED, PLAIN, strict=True))
+def test_it_is_one_of_torch_s_convolutions_by_number_of_dimensions(kind, plain):
+    layer = kind(4, 6, 3)
+    assert isinstance(layer, DGConv) and isinstance(layer, plain)
+    assert set(layer.state_dict()) == {"weight", "bias", "gate"}
+    assert repr(layer).startswith(kind.__name__ + "(4, 6, kernel_size=")
 
 
 @pytest.mark.parametrize(("bits", "groups"), [((1, 1, 1), 1), ((1, 1, 0), 2), ((0, 1, 0), 4), ((0, 0, 0), 8)])
@@ -229,7 +251,7 @@ def test_the_gate_s_gradient_is_the_derivative_of_eq_5(case):
     for k in range(len(bits)):
         mask = mask * torch.where(outs[k][:, None] == ins[k][None, :], 1.0, bits[k])
     weight = layer.weight.detach().requires_grad_()
-    weights = {"weight": weight * mask[:, :, None, None], **({"bias": layer.bias} if layer.bias is not None else {})}
+    weights = {"weight": weight * per_weight(mask, weight), **({"bias": layer.bias} if layer.bias is not None else {})}
     torch.func.functional_call(conv_like(layer), weights, x).square().sum().backward()
 
     torch.testing.assert_close(layer.gate.grad, bits.grad)
@@ -314,23 +336,95 @@ def test_a_layer_without_data_knows_its_shapes():
     assert "learned groups=unknown" in repr(layer)
 
 
-# From a dense convolution
+# From another convolution
 
 
 @given(layers())
-@quick(20)
-def test_from_conv2d_keeps_settings_and_weights(case):
+@quick()
+def test_from_conv_keeps_settings_and_weights(case):
     like, x = case
     conv = conv_like(like).eval()
-    layer = DGConv2d.from_conv2d(conv)
+    for layer in (DGConv.from_conv(conv), type(like).from_conv(conv)):
+        assert type(layer) is type(like)
+        with torch.no_grad():
+            layer.gate.fill_(1)
+        assert layer.weight is conv.weight
+        assert layer.bias is conv.bias
+        assert not layer.training
+        assert torch.equal(layer(x), conv(x))
+
+
+@given(st.integers(1, 3), st.integers(2, 4), st.integers(2, 3), st.integers(1, 3), st.booleans(), st.integers(0, 99))
+@quick()
+def test_from_conv_writes_groups_as_blocks_on_the_diagonal(dimensions, groups, width_in, width_out, bias, seed):
+    torch.manual_seed(seed)
+    channels = groups * width_in, groups * width_out
+    conv = PLAIN[dimensions - 1](*channels, 2, groups=groups, bias=bias, dtype=torch.float64)
+    layer = DGConv.from_conv(conv)
     with torch.no_grad():
         layer.gate.fill_(1)
-    assert layer.weight is conv.weight
-    assert layer.bias is conv.bias
-    assert not layer.training
+    x = torch.randn(2, channels[0], *SIZES[:dimensions], dtype=torch.float64)
+    torch.testing.assert_close(layer(x), conv(x), rtol=0, atol=1e-12)
+    assert layer.groups == 1 and layer.bias is conv.bias
+    assert torch.equal(layer.weight[layer.weight != 0], conv.weight.flatten())
+    for o in range(channels[1]):
+        first = o // width_out * width_in
+        assert torch.equal(layer.weight[o, first : first + width_in], conv.weight[o])
+
+
+def test_from_conv_keeps_groups_that_the_gates_connect():
+    conv = nn.Conv2d(12, 24, 3, groups=4)
+    layer = DGConv.from_conv(conv)
+    with torch.no_grad():
+        layer.gate.copy_(torch.tensor([-1.0, -1.0, 1.0]))  # 12 = 2·2·3: four groups of three
+    x = torch.randn(2, 12, 5, 5)
+    assert layer.grouping.groups == 4
+    torch.testing.assert_close(layer(x), conv(x))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_from_conv_keeps_frozen_kernels_frozen_and_gates_fresh(groups):
+    torch.manual_seed(0)
+    layer = DGConv.from_conv(nn.Conv1d(2**6, 2**6, 1, groups=groups, dtype=torch.float16).requires_grad_(False))
+    assert not layer.weight.requires_grad and layer.weight.dtype == torch.float16
+    assert layer.gate.requires_grad
+    assert torch.all(layer.gate.abs() == 1e-8) and set(layer.bits) == {0, 1}
+
+
+def test_from_conv_needs_no_data():
+    with torch.device("meta"):
+        layer = DGConv.from_conv(nn.Conv3d(4, 6, 3, groups=2))
+    assert layer.weight.is_meta and layer.weight.shape == (6, 4, 3, 3, 3)
+
+
+def test_from_conv_pads_as_the_convolution_does_not_as_it_says():
+    conv = nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular")
+    conv.padding = (0,)  # of no effect: torch pads by what it worked out when the layer was made
+    layer, x = DGConv.from_conv(conv), torch.randn(2, 4, 5)
+    with torch.no_grad():
+        layer.gate.fill_(1)
     assert torch.equal(layer(x), conv(x))
 
 
-def test_from_conv2d_refuses_a_convolution_that_has_groups():
-    with pytest.raises(ModelError, match="already has 2"):
-        DGConv2d.from_conv2d(nn.Conv2d(4, 4, 1, groups=2))
+@pytest.mark.parametrize(
+    ("kind", "conv", "message"),
+    [
+        (DGConv, nn.Conv2d(4, 4, 1, groups=4), "depthwise"),
+        (DGConv, nn.Conv1d(4, 8, 1, groups=4), "depthwise"),
+        (DGConv, nn.ConvTranspose2d(4, 4, 1), "a ConvTranspose2d cannot become a DGConv"),
+        (DGConv, nn.Linear(4, 4), "a Linear cannot become a DGConv"),
+        (DGConv2d, nn.Conv1d(4, 4, 1), "a Conv1d cannot become a DGConv2d"),
+    ],
+    ids=str,
+)
+def test_from_conv_refuses_what_has_no_groups_to_learn(kind, conv, message):
+    with pytest.raises(ModelError, match=message):
+        kind.from_conv(conv)
+
+
+def test_from_conv_of_a_subclass_makes_that_subclass():
+    class Named(DGConv2d):
+        pass
+
+    assert type(Named.from_conv(nn.Conv2d(4, 4, 1))) is Named
+    assert type(DGConv2d.from_conv2d(nn.Conv2d(4, 4, 1))) is DGConv2d

@@ -1,4 +1,4 @@
-"""decode_gates: DGConv2d → MaskedConv2d."""
+"""decode_gates: DGConv → MaskedConv."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from strategies import mask_by_digits, quick
 from torch import Tensor, nn
 
 from foldgroup.errors import PassError
-from foldgroup.forms import MaskedConv2d
-from foldgroup.nn import DGConv2d
+from foldgroup.forms import MaskedConv1d, MaskedConv2d, MaskedConv3d
+from foldgroup.nn import DGConv1d, DGConv2d, DGConv3d
 from foldgroup.pipeline import Note
 from foldgroup.trace import called_module, trace
 from passes import DecodeGates
@@ -37,18 +37,24 @@ def test_masks_every_learned_layer_and_nothing_else(name):
             assert masked is layer
 
 
-@given(st.sampled_from([(8, 8), (12, 12), (8, 12), (20, 4), (48, 48)]), st.data())
-@quick(20)
-def test_the_kernel_is_zero_where_digits_differ_and_the_trained_one_elsewhere(channels, data):
-    layer = DGConv2d(*channels, 3)
+DIMENSIONS = {DGConv1d: MaskedConv1d, DGConv2d: MaskedConv2d, DGConv3d: MaskedConv3d}
+
+
+@given(st.sampled_from([*DIMENSIONS]), st.sampled_from([(8, 8), (12, 12), (8, 12), (20, 4), (48, 48)]), st.data())
+@quick(30)
+def test_the_kernel_is_zero_where_digits_differ_and_the_trained_one_elsewhere(kind, channels, data):
+    layer = kind(*channels, 3)
     gates = data.draw(st.lists(st.sampled_from([-1.0, -1e-8, 0.0, 1e-8, 2.0]), min_size=len(layer.gate), max_size=8))
     gates = gates[: len(layer.gate)]
     with torch.no_grad():
         layer.gate.copy_(torch.tensor(gates))
-    masked = DecodeGates().run(trace(nn.Sequential(layer), (1, channels[0], 4, 4))).graph.get_submodule("0")
+    shape = (1, channels[0], *[4] * len(layer.kernel_size))
+    masked = DecodeGates().run(trace(nn.Sequential(layer), shape)).graph.get_submodule("0")
+    assert type(masked) is DIMENSIONS[kind]
     bits = tuple(int(gate > 0) for gate in gates)  # a gate of exactly 0 counts as 0
     ones = (1,) * (len(layer.factors) - len(bits))
-    mask = torch.from_numpy(mask_by_digits(layer.factors, bits + ones).T.copy())[:, :, None, None]
+    mask = torch.from_numpy(mask_by_digits(layer.factors, bits + ones).T.copy())
+    mask = mask.reshape(*mask.shape, *[1] * len(layer.kernel_size))
     assert torch.equal(masked.weight, torch.where(mask, layer.weight, 0))
     assert masked.gate_bits == bits
 

@@ -1,4 +1,4 @@
-"""fold_batchnorm: convolution and batch norm → convolution."""
+"""fold_batchnorm: convolution or linear layer and batch norm → one layer."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from graphs import (
     Twice,
     apply,
     assert_lawful,
+    assert_same_function,
     compiled_case,
     conv,
     depthwise,
     filled,
     learned,
+    node_of,
     shuffles,
     untouched,
 )
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from foldgroup.certificate import certify
 from foldgroup.errors import PassError
+from foldgroup.forms import TRANSPOSED_CONVS, settings
 from foldgroup.pipeline import Note, Pipeline
 from foldgroup.trace import called_module, fork, trace
 from passes import FoldBatchNorm, FoldGroups, default_pipeline
@@ -37,7 +42,7 @@ def test_keeps_the_function(name):
 
 
 def norms(graph):
-    return [node for node in graph.graph.nodes if isinstance(called_module(graph, node), nn.BatchNorm2d)]
+    return [node for node in graph.graph.nodes if isinstance(called_module(graph, node), _BatchNorm)]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -64,6 +69,60 @@ def test_folds_into_the_convolution_before_it(layer, affine, bias):
     torch.testing.assert_close(folded.bias, (shift - norm.running_mean.double()) * scale + beta, rtol=1e-12, atol=1e-14)
     assert (folded.groups, folded.stride, folded.padding_mode) == (before.groups, before.stride, before.padding_mode)
     assert case.result.records[-1].rewrites == (Note("1", "folded into 0"),)
+
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+FOLDED = {
+    "1-D": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, padding_mode="reflect"), 3),
+    "1-D, grouped": (lambda: nn.Conv1d(4, 6, 3, groups=2, bias=False), 3),
+    "3-D": (lambda: nn.Conv3d(4, 6, (1, 3, 2), dilation=(1, 2, 1)), 5),
+    "3-D, depthwise": (lambda: nn.Conv3d(4, 4, 3, padding="same", groups=4), 5),
+    "transposed, 1-D": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, output_padding=1), 3),
+    "transposed, 2-D": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, dilation=2), 4),
+    "transposed, 2-D, square": (lambda: nn.ConvTranspose2d(4, 4, (1, 2), bias=False), 4),
+    "transposed, 3-D": (lambda: nn.ConvTranspose3d(4, 6, 2, stride=2), 5),
+    "linear": (lambda: nn.Linear(4, 6), 2),
+    "linear without bias": (lambda: nn.Linear(4, 6, bias=False), 2),
+}
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("name", FOLDED)
+def test_folds_in_any_number_of_dimensions_into_transposed_and_linear_layers_too(name, affine):
+    build, rank = FOLDED[name]
+    layer = build()
+    out = layer.out_features if rank == 2 else layer.out_channels
+    norm = NORMS[max(rank - 3, 0)](out, eps=1e-3, affine=affine)
+    case = apply(FoldBatchNorm(), nn.Sequential(layer, norm), (2, 4, *[5] * (rank - 2)))
+    assert case.result.records[-1].rewrites == (Note("1", "folded into 0"),)
+    assert not norms(case.folded)
+    assert_same_function(case.training, case.folded, case.shape)
+
+    folded, node = case.folded.get_submodule("0"), node_of(case.folded, "0")
+    assert (node.meta["origin"], node.meta["took_in"]) == (node_of(case.training, "1").name, "1")
+    assert type(folded) is type(layer) and settings(folded) == settings(layer)
+    scale = (norm.weight.double() if affine else 1) / (norm.running_var.double() + 1e-3).sqrt()
+    axis = 1 if isinstance(layer, TRANSPOSED_CONVS) else 0
+    expected = (layer.weight.double().movedim(axis, -1) * scale).movedim(-1, axis)
+    torch.testing.assert_close(folded.weight, expected, rtol=1e-14, atol=0, check_dtype=True)
+
+
+NO_OPS = {
+    "identity": (nn.Identity(),),
+    "dropout": (nn.Dropout(0.5),),
+    "several": (nn.Dropout2d(), nn.Identity(), nn.Dropout(inplace=True)),
+}
+
+
+@pytest.mark.parametrize("name", NO_OPS)
+def test_folds_through_what_does_nothing(name):
+    case = apply(FoldBatchNorm(), nn.Sequential(conv(3, 8), *NO_OPS[name], nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4)))
+    norm = 1 + len(NO_OPS[name])
+    assert case.result.records[-1].rewrites == (Note(str(norm), "folded into 0"),)
+    assert [n for n, _ in case.folded.named_children()] == ["0", str(norm + 1), str(norm + 2)]  # nothing between
+    assert_same_function(case.training, case.folded, case.shape)
+    certificate = certify(case.training, case.folded)
+    assert certificate.holds, certificate.failure
 
 
 class SharedParameter(nn.Module):
@@ -97,23 +156,68 @@ class TwoReaders(nn.Module):
         return self.norm(x) + x
 
 
+class NoOpWithTwoReaders(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.no_op, self.norm = conv(3, 8), nn.Identity(), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.no_op(self.first(x))
+        return self.norm(x) + x
+
+
+class ReadBeforeTheNoOp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.no_op, self.norm = conv(3, 8), nn.Identity(), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.norm(self.no_op(x)) + x
+
+
+class OwnNorm(nn.BatchNorm2d):
+    pass
+
+
+OwnNorm.__module__ = "torch.nn.own"  # the tracer keeps what torch.nn defines as one node
+
+
 NEAR_MISSES = {
     "on the input": (nn.Sequential(nn.BatchNorm2d(3)), "0", "it follows input_1, which is no convolution"),
     "behind a ReLU": (
         nn.Sequential(conv(3, 8), nn.ReLU(), nn.BatchNorm2d(8)),
         *("2", "it follows _1, which is no convolution"),
     ),
-    "behind an identity": (
-        nn.Sequential(conv(3, 8), nn.Identity(), nn.BatchNorm2d(8)),
-        *("2", "it follows _1, which is no convolution"),
+    "behind a no-op on the input": (
+        nn.Sequential(nn.Identity(), nn.BatchNorm2d(3)),
+        *("1", "it follows input_1, which is no convolution"),
     ),
     "behind an unknown operation": (
         nn.Sequential(Leaf(), nn.BatchNorm2d(3)),
         *("1", "it follows _0, which is no convolution"),
     ),
-    "behind a transposed convolution": (
-        nn.Sequential(nn.ConvTranspose2d(3, 8, 1), nn.BatchNorm2d(8)),
-        *("1", "it follows _0, which is no convolution"),
+    "behind a transposed convolution with groups": (
+        nn.Sequential(nn.ConvTranspose2d(3, 6, 1, groups=3), nn.BatchNorm2d(6)),
+        *("1", "0 is transposed and has 3 groups"),
+    ),
+    "behind a transposed depthwise convolution": (
+        nn.Sequential(nn.ConvTranspose2d(3, 3, 1, groups=3), nn.BatchNorm2d(3)),
+        *("1", "0 is transposed and has 3 groups"),
+    ),
+    "behind a linear layer over a sequence": (
+        nn.Sequential(nn.Flatten(2), nn.Linear(25, 3), nn.BatchNorm1d(3)),
+        *("2", "its channels are not those that 1 makes"),
+    ),
+    "behind a convolution of a single example": (
+        nn.Sequential(nn.Flatten(0, 1), nn.Flatten(1), nn.Conv1d(6, 25, 1), nn.BatchNorm1d(25)),
+        *("3", "its channels are not those that 2 makes"),
+    ),
+    "no-op with another reader": (NoOpWithTwoReaders(), "norm", "no_op has other users"),
+    "another reader before the no-op": (ReadBeforeTheNoOp(), "norm", "first has other users"),
+    "second norm behind a no-op": (
+        nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.Identity(), nn.BatchNorm2d(8)),
+        *("3", "0 took in 1 already"),
     ),
     "second norm": (nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.BatchNorm2d(8)), "2", "0 took in 1 already"),
     "convolution with another reader": (TwoReaders(), "norm", "first has other users"),
@@ -142,6 +246,17 @@ def test_leaves_what_it_cannot_fold_and_says_why(name):
     kept = [str(node.target) for node in norms(case.folded)]
     assert target in kept
     assert certify(case.training, case.folded).holds
+
+
+def test_torch_cannot_fold_into_a_transposed_convolution_with_groups():
+    """Why rule 6: torch scales the columns of the kernel [C_in, C_out/G, …], which are not the output channels."""
+    layer, norm = (filled(m) for m in (nn.ConvTranspose2d(3, 3, 1, groups=3), nn.BatchNorm2d(3)))
+    assert fuse_conv_bn_eval(layer, norm, transpose=True).weight.shape != layer.weight.shape
+
+
+def test_leaves_a_norm_of_another_class():
+    case = apply(FoldBatchNorm(), nn.Sequential(conv(3, 8), OwnNorm(8)))
+    assert not case.result.records[-1].changed
 
 
 def test_leaves_a_norm_behind_a_shuffle_that_stays():

@@ -1,6 +1,8 @@
-"""fold_groups: MaskedConv2d → shuffle, grouped convolution, shuffle."""
+"""fold_groups: MaskedConv → shuffle, grouped convolution, shuffle."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,21 +10,28 @@ from graphs import (
     CASES,
     apply,
     assert_lawful,
+    assert_same_function,
     compiled_case,
     conv,
+    filled,
     learned,
     node_of,
     shuffles,
     single,
     untouched,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import quick
 from torch import nn
 
 from foldgroup.channel_order import ChannelOrder
-from foldgroup.forms import MaskedConv2d
+from foldgroup.errors import PassError
+from foldgroup.forms import CONVS, MaskedConv, MaskedConv2d
+from foldgroup.nn import DGConv1d, DGConv2d, DGConv3d
 from foldgroup.pipeline import Note
-from foldgroup.trace import called_module
-from passes import FoldGroups
+from foldgroup.trace import called_module, trace
+from passes import DecodeGates, FoldGroups
 
 NAME = "fold_groups"
 
@@ -37,7 +46,36 @@ def test_inserts_the_shuffles_that_are_needed(name):
     graph = compiled_case(name).made_by(NAME)
     assert len(shuffles(graph)) == CASES[name].inserted
     assert not any(called_module(graph, node).order.is_identity for node in shuffles(graph))
-    assert not any(isinstance(called_module(graph, node), MaskedConv2d) for node in graph.graph.nodes)
+    assert not any(isinstance(called_module(graph, node), MaskedConv) for node in graph.graph.nodes)
+
+
+@given(
+    st.sampled_from([DGConv1d, DGConv2d, DGConv3d]),
+    st.lists(st.sampled_from([1, 4, 6, 8, 12]), min_size=2, max_size=3),
+    st.sampled_from([{}, {"stride": 2}, {"padding": "same", "padding_mode": "circular"}, {"bias": False}]),
+    st.integers(0, 99),
+)
+@quick(40)
+def test_keeps_the_function_in_any_number_of_dimensions(kind, channels, settings, seed):
+    model = filled(nn.Sequential(*(kind(a, b, 2, **settings) for a, b in pairwise(channels))), seed)
+    groups = []
+    with torch.no_grad():
+        for layer in model:
+            layer.gate.copy_(torch.randn(layer.gate.shape, generator=torch.Generator().manual_seed(seed)))
+            groups.append(layer.grouping.groups)
+    shape = (2, channels[0], *[5] * len(model[0].kernel_size))
+    training = trace(model, shape)
+    folded = FoldGroups().run(DecodeGates().run(training).graph).graph
+    assert_same_function(training, folded, shape)
+    layers = [m for m in folded.children() if isinstance(m, CONVS)]
+    assert [layer.groups for layer in layers] == groups
+    assert [layer.weight.numel() * layer.groups for layer in layers] == [m.weight.numel() for m in model]
+
+
+def test_refuses_a_layer_that_reads_no_batch():
+    layer = learned(8, 8, (1, 1, 0))
+    with pytest.raises(PassError, match=r"0 reads a tensor without batch dimension: unsqueeze\(0\) it first"):
+        apply(FoldGroups(), nn.Sequential(layer), (8, 5, 5))
 
 
 def test_folds_to_a_grouped_convolution_between_shuffles():

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import CASES, apply, compiled_case, conv
+from graphs import CASES, apply, assert_same_function, compiled_case, conv
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import quick
 from torch import nn
 
 from foldgroup.certificate import certify
+from foldgroup.forms import CONVS
 from foldgroup.pipeline import Note
 from passes import PackGroups, default_pipeline
 from passes.pack_groups import pack, packing_factor
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(1, 4), st.integers(0, 2**16))
-@quick(40)
-def test_packing_changes_no_output_and_no_weight(width_in, width_out, members, groups, seed):
+@given(
+    st.sampled_from(CONVS),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(0, 99),
+)
+@quick(60)
+def test_packing_changes_no_output_and_no_weight(kind, width_in, width_out, members, groups, seed):
     torch.manual_seed(seed)
     total = members * groups
-    layer = nn.Conv2d(total * width_in, total * width_out, 3, padding=1, groups=total).double()
+    layer = kind(total * width_in, total * width_out, 3, padding=1, groups=total).double()
     packed = pack(layer, members)
+    assert type(packed) is kind
     assert packed.groups == groups
-    inputs = torch.randn(2, total * width_in, 4, 4, dtype=torch.float64)
+    inputs = torch.randn(2, total * width_in, *[4] * len(layer.kernel_size), dtype=torch.float64)
     assert torch.equal(packed.weight[packed.weight != 0].sort().values, layer.weight.flatten().sort().values)
     torch.testing.assert_close(packed(inputs), layer(inputs), rtol=0, atol=1e-12)
 
@@ -57,10 +66,23 @@ def test_it_notes_what_it_packed_and_why_it_left_the_rest():
         nn.Conv2d(8, 6, 3, padding=1, groups=2),
         nn.Conv2d(6, 8, 1, groups=1),
         nn.Conv2d(8, 8, 1, groups=2),
+        nn.ConvTranspose2d(8, 8, 1, groups=4),
     )
     record = apply(PackGroups(4), network, before="tidy").result.records[-1]
     assert record.rewrites == (Note("1", "4 groups packed into 2"),)
-    assert record.skips == (Note("2", "depthwise"), Note("3", "no packing makes its widths multiples of 4"))
+    assert record.skips == (
+        Note("2", "depthwise"),
+        Note("3", "no packing makes its widths multiples of 4"),
+        Note("6", "a ConvTranspose2d is not packed"),
+    )
+
+
+@pytest.mark.parametrize(("dimensions", "kind"), enumerate(CONVS, start=1))
+def test_it_packs_in_any_number_of_dimensions(dimensions, kind):
+    case = apply(PackGroups(4), nn.Sequential(kind(8, 16, 3, groups=4)), (2, 8, *[4] * dimensions), before="tidy")
+    assert case.result.records[-1].rewrites == (Note("0", "4 groups packed into 2"),)
+    assert type(case.folded.get_submodule("0")) is kind
+    assert_same_function(case.training, case.folded, case.shape)
 
 
 def test_a_layer_called_twice_is_packed_once():

@@ -144,9 +144,12 @@ class TestRunning:
             OpenVinoRunner(unusable).__enter__()
         assert ".cpp" not in str(caught.value)
 
-    def test_two_outputs_are_refused(self) -> None:
-        with pytest.raises(RunnerError, match="1 inputs and 2 outputs"):
-            OpenVinoRunner(onnx_bytes(outputs=2)).__enter__()
+    def test_two_outputs_come_in_order_and_never_as_one(self) -> None:
+        with OpenVinoRunner(onnx_bytes(outputs=2)) as runner:
+            logits, pooled = runner.outputs(images())
+            assert (logits.shape, pooled.shape) == ((2, 5), (2, 5, 1, 1))
+            with pytest.raises(RunnerError, match="the network has 2 outputs"):
+                runner.run(images())
 
     def test_a_missing_runtime_names_the_command(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "openvino", None)

@@ -18,6 +18,7 @@ from foldgroup.emit.precision import typed
 from foldgroup.errors import RunnerError
 from foldgroup.nn import DGConv2d
 from foldgroup.run import AotInductorRunner, OnnxRuntimeRunner, OpenVinoRunner, Runner, TorchRunner
+from foldgroup.run.base import all_outputs, run_all
 from foldgroup.run.ort import CPU, CUDA, DEFAULTS, TENSORRT
 from foldgroup.trace import trace
 
@@ -149,6 +150,19 @@ class TestTorchRunner:
         with TorchRunner(layer, torch.float16) as runner:
             np.testing.assert_allclose(runner.run(images(1, 8, 6, 6)), full, atol=0.02)
 
+    def test_any_rank_and_several_outputs(self) -> None:
+        class Signal(nn.Module):
+            def forward(self, x: torch.Tensor) -> dict[str, object]:
+                return {"double": 2 * x, "more": [x.sum(2)]}
+
+        inputs = images(2, 3, 5)
+        with TorchRunner(Signal(), rank=3) as runner:
+            double, total = runner.outputs(inputs)
+            with pytest.raises(RunnerError, match=r"give it float32 arrays of shape \[N, C, L\]"):
+                runner.run(images(2, 3, 5, 5))
+        np.testing.assert_allclose(double, 2 * inputs)
+        np.testing.assert_allclose(total, inputs.sum(2), rtol=1e-5)
+
     def test_threads_hold_during_calls_only(self) -> None:
         seen = []
 
@@ -264,9 +278,15 @@ class TestOnnxRuntimeRunner:
         with pytest.raises(RunnerError, match="ONNX Runtime refused"):
             OnnxRuntimeRunner(model).__enter__()
 
-    def test_two_outputs_are_refused(self) -> None:
-        with pytest.raises(RunnerError, match="1 inputs and 2 outputs"):
-            OnnxRuntimeRunner(onnx_bytes(outputs=2)).__enter__()
+    def test_two_outputs_come_in_order_and_never_as_one(self) -> None:
+        with OnnxRuntimeRunner(onnx_bytes(outputs=2)) as runner:
+            logits, pooled = runner.outputs(images())
+            assert (logits.shape, pooled.shape) == ((2, 5), (2, 5, 1, 1))
+            np.testing.assert_array_equal(logits, pooled.reshape(2, 5))
+            for one, other in zip(all_outputs(runner, images()), runner.outputs(images()), strict=True):
+                np.testing.assert_array_equal(one, other)
+            with pytest.raises(RunnerError, match="the network has 2 outputs"):
+                run_all(runner, images())
 
     def test_a_missing_runtime_names_the_command(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "onnxruntime", None)

@@ -13,9 +13,11 @@ import torch
 from convs import LAYER, conv_model
 
 from foldgroup.emit import tensorrt
+from foldgroup.emit.onnx import export_onnx
 from foldgroup.errors import RunnerError
 from foldgroup.run import OnnxRuntimeRunner
 from foldgroup.run.trt import TensorRtRunner
+from foldgroup.trace import trace
 
 needs_rtx = pytest.mark.skipif(not tensorrt.available(), reason="tensorrt-rtx has no wheel for this platform")
 
@@ -78,6 +80,20 @@ class TestOnGpu:
             assert runner.describe()["cuda_graph"] == ("yes" if cuda_graph else "no")
             with pytest.raises(RunnerError, match=r"\[1 to 32, 16, 8, 8\]"):
                 runner.run(images(33))
+
+    def test_several_outputs_come_in_the_order_of_the_file(self, module: str, plan: bytes) -> None:
+        class Two(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+                return {"z": x + 1, "a": x.mean((2, 3)), "m": x[:, :2]}
+
+        model = export_onnx(trace(Two(), (1, 16, 8, 8)), (1, 16, 8, 8))
+        named = ["current"] if module == "tensorrt_rtx" else []
+        two = tensorrt.build_engine(model, module=module, compute_capabilities=named).content
+        with TensorRtRunner(two, module) as runner, OnnxRuntimeRunner(model) as other:
+            for ours, theirs in zip(runner.outputs(images(3)), other.outputs(images(3)), strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-2)
+            with pytest.raises(RunnerError, match="the network has 3 outputs"):
+                runner.run(images(3))
 
     def test_times_and_layers(self, module: str, plan: bytes) -> None:
         with TensorRtRunner(plan, module) as runner:

@@ -1,0 +1,470 @@
+"""The best plan: sites are eliminated one by one, each into a table over what is left of its neighbours.
+
+A problem is a sum of functions of one or two sites over the flags of a :class:`FlagTree`. Eliminating a site with
+neighbours A replaces all functions that mention it by their minimum over its flags, a function of A alone; the minimum
+of the last one is the cost of the best plan, and going back in reverse order finds its flags. This is exact dynamic
+programming over flags, whatever the graph. Its cost is that of its largest table, so sites go in the order of their
+degree: a residual network never has more than two neighbours at a time.
+
+Neither kind of function needs its L × L values for L flags. With F(a) the minimum so far,
+
+* a tie of cost s gives         min(F(b), s + min_a F(a)),
+* a link with cost c(node)      min over the ancestors t of b of c(t) + min_{a below t} F(a),
+
+because c does not rise from a node to its children. So one elimination takes O(L) for a neighbour and O(L²) for two.
+Where every site left has three neighbours or more, one of them is tried with each of its flags.
+
+Where even that is too large, the flags are cut down to those that the most expensive links ask for. The plan found is
+then an upper bound, and what every link costs with all its groups and no shuffle anywhere a lower one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import inf
+
+import networkx as nx
+import numpy as np
+import numpy.typing as npt
+
+from foldgroup.planning.flags import FlagTree, TooManyFlags, flag_tree
+from foldgroup.planning.problem import Flag, Link, Mount, Problem, Tie
+
+Array = npt.NDArray[np.float64]
+
+MAX_FLAGS = 20_000
+"""Flags of a component, at most; more are cut down."""
+
+MAX_WORK = 400_000_000
+"""Entries of all tables of a component together, at most, which is a matter of seconds; more flags are cut down."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A plan: a flag for every site, what it costs, and a cost that no plan can be below.
+
+    ``exact`` says that nothing was cut down: then ``bound`` is ``cost``.
+    """
+
+    flags: tuple[Flag, ...]
+    cost: float
+    bound: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether no plan is cheaper."""
+        return self.cost <= self.bound * (1 + 1e-9)
+
+
+_Unary = dict[int, Array]
+"""For every site what each of its flags costs by itself."""
+_Pairs = defaultdict[tuple[int, int], list["_Function"]]
+"""For every two sites, the lesser first, the functions between them."""
+
+
+def solve(problem: Problem, max_flags: int = MAX_FLAGS, max_work: int = MAX_WORK) -> Solution:
+    """The plan of least cost, component by component."""
+    graph = nx.Graph()
+    graph.add_nodes_from(range(problem.sites))
+    graph.add_edges_from((tie.a, tie.b) for tie in problem.ties)
+    graph.add_edges_from((link.a, link.b) for link in problem.links)
+    graph.add_edges_from((mount.a, mount.b) for mount in problem.mounts)
+    flags: list[Flag] = [()] * problem.sites
+    cost = bound = 0.0
+    for component in nx.connected_components(graph):
+        part = _part(problem, component)
+        solution = _solve_component(part, sorted(component), max_flags, max_work)
+        for site in component:
+            flags[site] = solution.flags[site]
+        cost += solution.cost
+        bound += solution.bound
+    return Solution(tuple(flags), cost, bound)
+
+
+def _part(problem: Problem, component: Iterable[int]) -> Problem:
+    inside = set(component)
+    return replace(
+        problem,
+        ties=tuple(tie for tie in problem.ties if tie.a in inside),
+        links=tuple(link for link in problem.links if link.a in inside),
+        mounts=tuple(mount for mount in problem.mounts if mount.a in inside),
+        pins={site: flag for site, flag in problem.pins.items() if site in inside},
+        wanted={site: digits for site, digits in problem.wanted.items() if site in inside},
+        lacks={site: digits for site, digits in problem.lacks.items() if site in inside},
+    )
+
+
+def _solve_component(problem: Problem, sites: list[int], max_flags: int, max_work: int) -> Solution:
+    """Exactly if it fits; else with the flags of ever fewer links."""
+    least = sum(link.costs[problem.groups(link.digits)] for link in problem.links)
+    by_gain = sorted(problem.links, key=lambda link: link.costs[problem.groups(link.digits)] - link.costs[1])
+    wanted = {*problem.wanted.values()}
+    above = {mount.above for mount in problem.mounts if mount.deep}
+    paths = {*problem.pins.values(), *(mount.above for mount in problem.mounts)}
+    tables, fixed = _tables(problem, sites)
+    limit = max_flags if not tables + fixed else int((max_work / max(1, tables)) ** (1 / (2 + fixed)))
+    limit = max(min(limit, max_flags), 1 + sum(map(len, paths)))
+    tree, kept, least_kept, too_many = None, len(by_gain), 0, len(by_gain) + 1
+    while tree is None or too_many - least_kept > 1:  # the most links whose flags fit
+        try:
+            room = limit if kept else max_flags
+            tree = flag_tree({link.digits for link in by_gain[:kept]} | wanted, paths, room, above)
+            least_kept = kept
+        except TooManyFlags:
+            too_many = kept
+        kept = (least_kept + too_many) // 2
+    flags, cost = _Elimination(problem, sites, tree).run()
+    return Solution(flags, cost, cost if least_kept == len(by_gain) else least)
+
+
+def _tables(problem: Problem, sites: list[int]) -> tuple[int, int]:
+    """How many tables of two sites an elimination makes, and how many sites it has to fix, one inside the other."""
+    root_of = _merged(problem, sites)
+    near: dict[int, dict[int, bool]] = {root: {} for root in root_of.values()}  # True: nothing but a tie
+    free = dict.fromkeys(near, True)
+
+    def join(a: int, b: int, *, tie: bool) -> None:
+        near[a][b] = near[b][a] = tie and b not in near[a]
+
+    joints: list[Tie | Mount | Link] = [*problem.ties, *problem.mounts, *problem.links]
+    for joint in joints:
+        a, b = root_of[joint.a], root_of[joint.b]
+        if a != b:
+            join(a, b, tie=isinstance(joint, Tie))
+        elif not isinstance(joint, Tie):
+            free[a] = False
+    for site in (*problem.pins, *problem.lacks, *problem.wanted):
+        free[root_of[site]] = False
+    tables = fixed = 0
+    while near:
+        site = min(near, key=lambda s: (len(near[s]), s))
+        if len(near[site]) > 2:
+            site = max(near, key=lambda s: (len(near[s]), -s))
+            fixed += 1
+            for other in near.pop(site):
+                del near[other][site]
+                free[other] = False
+            continue
+        others = near.pop(site)
+        for other in others:
+            del near[other][site]
+            free[other] = free[other] and len(others) > 1
+        if len(others) == 2:
+            light = free[site] and all(others.values())
+            tables += not light
+            join(*others, tie=light)
+    return tables, fixed
+
+
+class _Elimination:
+    """The functions of one component, while its sites are eliminated."""
+
+    def __init__(self, problem: Problem, sites: list[int], tree: FlagTree) -> None:
+        self.problem = problem
+        self.tree = tree
+        self.flags = len(tree)
+        self.root_of = _merged(problem, sites)
+        self.sites = sorted(set(self.root_of.values()))
+        self.unary = {site: np.zeros(self.flags) for site in self.sites}
+        self.pairs: _Pairs = defaultdict(list)
+        self._restrict(sites)
+        for tie in problem.ties:
+            if tie.cost < inf:
+                self._add(self.root_of[tie.a], self.root_of[tie.b], _TieFunction(tie, len(tree)))
+        for mount in problem.mounts:
+            self._add(self.root_of[mount.a], self.root_of[mount.b], _MountFunction(mount, tree))
+        for link in problem.links:
+            self._add(self.root_of[link.a], self.root_of[link.b], _LinkFunction(problem, link, tree))
+
+    def _restrict(self, sites: list[int]) -> None:
+        """Forbid the flags that a site cannot have."""
+        for site in sites:
+            unary = self.unary[self.root_of[site]]
+            if site in self.problem.pins:
+                pinned = self.tree.node(self.problem.pins[site])
+                unary[np.arange(self.flags) != pinned] = inf
+            lacked = self.problem.lacks.get(site, frozenset())
+            wanted = self.problem.wanted.get(site, frozenset())
+            if lacked or wanted:
+                for node, flag in enumerate(self.tree.flags):
+                    prefixes = (frozenset(flag[:i]) for i in range(len(flag) + 1))
+                    if lacked & set(flag) or (wanted and wanted not in prefixes):
+                        unary[node] = inf
+
+    def _add(self, a: int, b: int, function: _Function) -> None:
+        if a == b:
+            self.unary[a] += function.diagonal()
+        else:
+            _add(self.pairs, a, b, function)
+
+    def run(self) -> tuple[tuple[Flag, ...], float]:
+        """The flags of the sites, by number, and the cost."""
+        chosen, cost = self._best(self.unary, self.pairs)
+        every: list[Flag] = [()] * self.problem.sites
+        for site, root in self.root_of.items():
+            every[site] = self.tree.flags[chosen[root]]
+        return tuple(every), cost
+
+    def _best(self, unary: _Unary, pairs: _Pairs) -> tuple[dict[int, int], float]:
+        """The best flags and their cost."""
+        unary, pairs = dict(unary), defaultdict(list, {key: list(functions) for key, functions in pairs.items()})
+        order: list[tuple[int, list[tuple[int, list[_Function]]], Array]] = []
+        chosen: dict[int, int] = {}
+        cost = 0.0
+        while unary:
+            near: dict[int, list[int]] = {site: [] for site in unary}
+            for a, b in pairs:
+                near[a].append(b)
+                near[b].append(a)
+            site = min(near, key=lambda s: (len(near[s]), s))
+            if len(near[site]) > 2:
+                chosen, rest = self._fix(max(near, key=lambda s: (len(near[s]), -s)), unary, pairs)
+                cost += rest
+                break
+            functions = [(other, _taken(pairs, other, site)) for other in near[site]]  # each as other → site
+            order.append((site, functions, unary[site]))
+            cost += self._eliminate(unary.pop(site), functions, unary, pairs)
+        for site, functions, total in reversed(order):
+            chosen[site] = int(sum((f.row(chosen[o]) for o, between in functions for f in between), total).argmin())
+        return chosen, cost
+
+    def _fix(self, site: int, unary: _Unary, pairs: _Pairs) -> tuple[dict[int, int], float]:
+        """Try every flag of ``site``, whose functions become functions of one site each."""
+        own = unary[site]
+        best: tuple[dict[int, int], float] = {}, inf
+        for flag in np.flatnonzero(own < inf).tolist():
+            left = {other: values for other, values in unary.items() if other != site}
+            remaining: _Pairs = defaultdict(list)
+            for (a, b), functions in pairs.items():
+                if site not in (a, b):
+                    remaining[a, b] = functions
+                for function in functions if site in (a, b) else ():
+                    other = b if a == site else a
+                    left[other] = left[other] + (function if a == site else function.turned()).row(flag)
+            chosen, cost = self._best(left, remaining)
+            if own[flag] + cost < best[1] or not best[0]:
+                best = {**chosen, site: flag}, float(own[flag]) + cost
+        return best
+
+    def _eliminate(
+        self, own: Array, functions: list[tuple[int, list[_Function]]], unary: _Unary, pairs: _Pairs
+    ) -> float:
+        """Replace a site by a function of its neighbours; the constant that it leaves if it has none."""
+        if not functions:
+            return float(own.min())
+        if len(functions) == 1:
+            ((other, between),) = functions
+            if len(between) == 1:
+                unary[other] = unary[other] + between[0].turned().push(own[None, :])[0]
+            else:
+                unary[other] = unary[other] + (_total(between, self.flags) + own).min(axis=1)
+            return 0.0
+        (a, at_a), (b, at_b) = functions
+        if not own.any() and len(at_a) == len(at_b) == 1 and _both_ties(at_a[0], at_b[0]):
+            _add(pairs, a, b, min(at_a[0], at_b[0], key=lambda f: f.tie.cost))  # type: ignore[attr-defined]
+            return 0.0
+        if len(at_b) > 1 or isinstance(at_b[0], _Table):
+            (a, at_a), (b, at_b) = (b, at_b), (a, at_a)
+        towards = at_b[0].turned() if len(at_b) == 1 else _Table(_total(at_b, self.flags).T)
+        _add(pairs, a, b, _Table(towards.push(_total(at_a, self.flags) + own)))
+        return 0.0
+
+
+def _add(pairs: _Pairs, a: int, b: int, function: _Function) -> None:
+    pairs[min(a, b), max(a, b)].append(function if a < b else function.turned())
+
+
+def _taken(pairs: _Pairs, other: int, site: int) -> list[_Function]:
+    functions = pairs.pop((min(other, site), max(other, site)))
+    return functions if other < site else [function.turned() for function in functions]
+
+
+def _merged(problem: Problem, sites: list[int]) -> dict[int, int]:
+    """For every site the least of those that ties of infinite cost make one with it."""
+    same = nx.Graph()
+    same.add_nodes_from(sites)
+    same.add_edges_from((tie.a, tie.b) for tie in problem.ties if tie.cost == inf)
+    return {site: min(group) for group in nx.connected_components(same) for site in group}
+
+
+def _both_ties(a: _Function, b: _Function) -> bool:
+    return isinstance(a, _TieFunction) and isinstance(b, _TieFunction)
+
+
+def _total(functions: list[_Function], flags: int) -> Array:
+    return sum((function.table(flags) for function in functions[1:]), start=functions[0].table(flags))
+
+
+class _Function:
+    """A function f(a, b) of two flags."""
+
+    def table(self, flags: int) -> Array:
+        """All values, [a, b]."""
+        raise NotImplementedError
+
+    def turned(self) -> _Function:
+        """The same with a and b exchanged; most are symmetric."""
+        return self
+
+    def diagonal(self) -> Array:
+        """f(a, a) for all a."""
+        raise NotImplementedError
+
+    def row(self, a: int) -> Array:
+        """f(a, b) for all b."""
+        raise NotImplementedError
+
+    def push(self, given: Array) -> Array:
+        """Min over a of given[x, a] + f(a, b), [x, b]."""
+        raise NotImplementedError
+
+
+class _TieFunction(_Function):
+    """0 for equal flags, else the tie's cost."""
+
+    def __init__(self, tie: Tie, flags: int) -> None:
+        self.tie = tie
+        self.flags = flags
+
+    def table(self, flags: int) -> Array:
+        return np.where(np.eye(flags, dtype=bool), 0.0, self.tie.cost)
+
+    def diagonal(self) -> Array:
+        return np.zeros(self.flags)
+
+    def row(self, a: int) -> Array:
+        values = np.full(self.flags, self.tie.cost)
+        values[a] = 0
+        return values
+
+    def push(self, given: Array) -> Array:
+        result: Array = np.minimum(given, given.min(axis=1, keepdims=True) + self.tie.cost)
+        return result
+
+
+class _MountFunction(_Function):
+    """0 where the site's flag says no more than the segment's, else the mount's cost; [segment, site], or turned."""
+
+    def __init__(self, mount: Mount, tree: FlagTree, *, upward: bool = False) -> None:
+        self.mount = mount
+        self.tree = tree
+        self.upward = upward
+        places = {flag: node for node, flag in enumerate(tree.flags)}
+        top = mount.above
+        shortest = len(top) if mount.strict else 0
+        self.always = [i for i, flag in enumerate(tree.flags) if top[: len(flag)] == flag and len(flag) >= shortest]
+        """The site's flags that serve any segment, and below: for a segment's node the site's flag that it serves."""
+        served = ((node, places.get(top + flag)) for node, flag in enumerate(tree.flags) if flag)
+        self.serves = {node: site for node, site in served if mount.deep and site is not None}
+
+    def turned(self) -> _MountFunction:
+        return _MountFunction(self.mount, self.tree, upward=not self.upward)
+
+    def table(self, flags: int) -> Array:
+        values = np.full((flags, flags), self.mount.cost)  # [segment, site]
+        values[:, self.always] = 0
+        for node, site in self.serves.items():
+            values[node : self.tree.end[node], site] = 0
+        return values.T if self.upward else values
+
+    def diagonal(self) -> Array:
+        return self.table(len(self.tree)).diagonal().copy()
+
+    def row(self, a: int) -> Array:
+        values: Array = self.table(len(self.tree))[a]
+        return values
+
+    def push(self, given: Array) -> Array:
+        least = given.min(axis=1)
+        if not self.upward:
+            below = _least_below(self.tree, given)
+            result = np.tile((least + self.mount.cost)[:, None], (1, given.shape[1]))
+            for node, site in self.serves.items():
+                result[:, site] = np.minimum(result[:, site], below[node])
+            result[:, self.always] = least[:, None]
+            return result
+        free = np.minimum(given[:, self.always].min(axis=1), least + self.mount.cost)
+        best = np.tile(free, (given.shape[1], 1))  # [segment, x]
+        for node in range(1, len(self.tree)):
+            np.minimum(best[node], best[self.tree.parent[node]], out=best[node])
+            if node in self.serves:
+                np.minimum(best[node], given[:, self.serves[node]], out=best[node])
+        return best.T
+
+
+def _least_below(tree: FlagTree, given: Array) -> Array:
+    """The least value of every node's subtree, [node, x], of values [x, node]."""
+    below = given.T.copy()
+    for node in range(len(tree) - 1, 0, -1):
+        parent = tree.parent[node]
+        np.minimum(below[parent], below[node], out=below[parent])
+    return below
+
+
+class _LinkFunction(_Function):
+    """The cost at the deepest node that two flags share."""
+
+    def __init__(self, problem: Problem, link: Link, tree: FlagTree) -> None:
+        self.tree = tree
+        self.costs = np.empty(len(tree))
+        for node, flag in enumerate(tree.flags):
+            inside = link.digits.issuperset(flag)
+            self.costs[node] = link.costs[problem.groups(frozenset(flag))] if inside else self.costs[tree.parent[node]]
+
+    def table(self, flags: int) -> Array:
+        values = np.full((flags, flags), self.costs[0])
+        for node in range(1, len(self.tree)):
+            below = slice(node, self.tree.end[node])
+            if self.costs[node] != self.costs[self.tree.parent[node]]:
+                values[below, below] = self.costs[node]
+        return values
+
+    def diagonal(self) -> Array:
+        return self.costs
+
+    def row(self, a: int) -> Array:
+        values = np.full(len(self.tree), self.costs[0])
+        path = []
+        while a != 0:
+            path.append(a)
+            a = int(self.tree.parent[a])
+        for node in reversed(path):
+            values[node : self.tree.end[node]] = self.costs[node]
+        return values
+
+    def push(self, given: Array) -> Array:
+        best = _least_below(self.tree, given) + self.costs[:, None]
+        for node in range(1, len(self.tree)):
+            np.minimum(best[node], best[self.tree.parent[node]], out=best[node])
+        return best.T
+
+
+class _Table(_Function):
+    """Values [a, b] as they are."""
+
+    def __init__(self, values: Array) -> None:
+        self.values = values
+
+    def table(self, flags: int) -> Array:
+        return self.values
+
+    def turned(self) -> _Function:
+        return _Table(self.values.T)
+
+    def diagonal(self) -> Array:
+        return self.values.diagonal().copy()
+
+    def row(self, a: int) -> Array:
+        row: Array = self.values[a]
+        return row
+
+    def push(self, given: Array) -> Array:
+        result: Array = np.stack([(row[:, None] + self.values).min(axis=0) for row in given])
+        return result
+
+
+def without_shuffles(problem: Problem) -> Solution:
+    """The best plan that keeps no shuffle between sites that are tied: every conflict is settled by fewer groups."""
+    return solve(replace(problem, ties=tuple(replace(tie, cost=inf) for tie in problem.ties)))

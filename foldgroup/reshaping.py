@@ -1,0 +1,77 @@
+"""Channel shuffles that a network writes as reshape, transpose, reshape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from foldgroup.channel_order import ChannelOrder
+from foldgroup.trace import called_module, shape_of
+
+_RESHAPES = {torch.flatten, "flatten", torch.reshape, "reshape", "view", torch.unflatten, "unflatten"}
+_MOVES = {torch.permute, "permute", torch.transpose, torch.swapaxes, "transpose", "swapaxes"}
+_SAME = {"contiguous"}
+_LONGEST = 6
+
+
+def shuffle_at(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ChannelOrder] | None:
+    """The tensor x and the order p of which the value of ``node`` is x[:, p] for reasons of shape alone; None if none.
+
+    Numbers of elements are led from a tensor of the same shape through the reshapes and transposes up to ``node``,
+    which must leave the batch and the positions behind the channels as they were.
+    """
+    module = called_module(graph, node)
+    groups: Any = module.groups if type(module) is nn.ChannelShuffle else None
+    if node.op == "call_function" and node.target is functional.channel_shuffle:
+        groups = node.args[1] if len(node.args) > 1 else node.kwargs.get("groups")
+    if groups is not None:
+        channels = shape_of(node)[1]
+        order = ChannelOrder.from_digits([groups, channels // groups], [1, 0])
+        return (node.all_input_nodes[0], order) if not order.is_identity else None
+    if node.target not in _RESHAPES or len(shape_of(node)) < 2:
+        return None
+    chain, source = [node], node.args[0]
+    while isinstance(source, fx.Node) and source.target in _RESHAPES | _MOVES | _SAME and len(chain) < _LONGEST:
+        reordered = _order(chain, source) if shape_of(source) == shape_of(node) else None
+        if reordered is not None:
+            return source, reordered
+        chain.append(source)
+        source = source.args[0]
+    if isinstance(source, fx.Node) and shape_of(source) == shape_of(node):
+        reordered = _order(chain, source)
+        return None if reordered is None else (source, reordered)
+    return None
+
+
+def _order(chain: list[fx.Node], source: fx.Node) -> ChannelOrder | None:
+    """The order that the operations of ``chain``, last one first, apply to dimension 1 of ``source``; None if
+    another.
+    """
+    if not any(node.target in _MOVES for node in chain):
+        return None
+    batch, channels, *positions = shape_of(source)
+    numbers = torch.arange(batch * channels * torch.Size(positions).numel()).reshape(batch, channels, -1)
+    value = numbers.reshape(batch, channels, *positions)
+    for node in reversed(chain):
+        if shape_of(node)[:1] != (batch,):
+            return None
+        if node.target in _MOVES:
+            if not all(isinstance(a, int | tuple | list) for a in (*node.args[1:], *node.kwargs.values())):
+                return None
+            value = getattr(value, _name(node))(*node.args[1:], **node.kwargs)
+        else:
+            value = value.reshape(shape_of(node))
+    index = value.reshape(batch, channels, -1)[0, :, 0] // max(1, torch.Size(positions).numel())
+    if sorted(index.tolist()) != list(range(channels)) or not torch.equal(
+        value.reshape(batch, channels, -1), numbers[:, index]
+    ):
+        return None
+    order = ChannelOrder(tuple(index.tolist()))
+    return None if order.is_identity else order
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
