@@ -242,11 +242,16 @@ class _Proof:
         if type(module) is ChannelSelect:
             (given,) = (self.held[operand] for operand in node.all_input_nodes)
             _require(self.axes[given.node] == 1, "it selects along dimension 1, not the channels")
-            return _Held(given.node, _index_of(given)[module.index])
+            index = _index_of(given)
+            inside = module.index.ndim == 1 and bool(((module.index >= 0) & (module.index < len(index))).all())
+            _require(inside, f"it selects channels that are not among {len(index)}")
+            return _Held(given.node, index[module.index])
         if type(module) is ChannelShuffle:
             (given,) = (self.held[operand] for operand in node.all_input_nodes)
             _require(module.dim == self.axes[given.node], f"it reorders dimension {module.dim}, not the channels")
-            return _Held(given.node, _index_of(given)[_carried_out(module).index])
+            index, order = _index_of(given), _carried_out(module).index
+            _require(len(index) == len(order), f"it reorders {len(order)} channels of {len(index)}")
+            return _Held(given.node, index[order])
         source = self.sources.get(node.meta.get("origin", ""))
         if source is None:
             raise _Refuted("it stands for no node of the training form")
@@ -343,9 +348,9 @@ class _Proof:
         """A convolution or linear layer, which may have taken in a batch norm."""
         assert isinstance(module, _ConvNd | nn.Linear)
         norm = called_module(self.training, source)
-        conv = source
+        conv, moved = source, None
         if isinstance(norm, _NORMS):
-            conv = self._base(source.all_input_nodes[0])[0]
+            conv, moved = self._base(source.all_input_nodes[0])
         else:
             norm = None
         self._check_operands(node, conv)
@@ -362,8 +367,9 @@ class _Proof:
         elif "out_order" in node.meta:
             after = node.meta["out_order"].index
         original = called_module(self.training, conv)
-        _check_weights(module, original, norm, before, after, self.certificate)
-        return self._canonical(source, after)
+        of_norm = after if moved is None else torch.argsort(moved)[after]  # a shuffle of the network's own between them
+        _check_weights(module, original, norm, before, after, of_norm, self.certificate)
+        return self._canonical(source, of_norm)
 
 
 def _in_order(index: Tensor | None) -> bool:
@@ -429,6 +435,7 @@ def _check_weights(
     norm: nn.Module | None,
     before: Tensor,
     after: Tensor,
+    of_norm: Tensor,
     certificate: Certificate,
 ) -> None:
     """Entry for entry: weight[o, i] = (U ⊙ W)[after[o], before[i]], zero for what is left out."""
@@ -454,7 +461,6 @@ def _check_weights(
         kept = weight if _in_order(after) and len(after) == len(weight) else weight[after]
         kept = kept if _in_order(before) else kept[:, before]
         ones = kept.shape[0] * kept.shape[1]
-        total = ones
     else:
         # Which training inputs each of our outputs reads: a row of C_in/groups channel numbers for each of C_out.
         reads = before.reshape(groups, width).repeat_interleave(out_channels // groups, dim=0)
@@ -462,14 +468,13 @@ def _check_weights(
         mask = weight.flatten(2).ne(0).any(2) if mask is None and weight.ndim > 2 else mask
         mask = weight.ne(0) if mask is None else mask  # nothing said so, but what is zero counts for nothing
         connected = mask[rows, reads] & _first(before.reshape(groups, width)).repeat_interleave(len(rows) // groups, 0)
-        total = len(after) * mask.shape[1]
         ones = int(mask[after].sum())
         _require(int(connected.sum()) == ones, "a weight that the mask keeps was pruned")
         # A grouped training weight [C_out, C_in/groups] holds each row's own group only: channel numbers within it.
         kept = weight[rows, reads % weight.shape[1]]
     bias = None if original.bias is None else original.bias.detach()[after]
     if norm is not None:
-        kept, bias = _folded(kept, bias, norm, after)
+        kept, bias = _folded(kept, bias, norm, of_norm)
     if connected is not None:
         _require(not bool(ours[~connected].any()), "a weight that the mask removes is not zero")
         kept[~connected] = ours[~connected].to(kept.dtype)  # a zero of either sign: a batch norm may have turned it
@@ -479,9 +484,7 @@ def _check_weights(
     positions = kept[0, 0].numel()
     certificate.layers += 1
     certificate.weights_kept += ones * positions
-    if len(weight) == len(after) or whole:
-        pruned = (out_channels * weight.shape[1] if total == ones else total) - ones
-        certificate.weights_pruned += pruned * positions
+    certificate.weights_pruned += (out_channels * weight.shape[1] - ones) * positions
 
 
 def _first(reads: Tensor) -> Tensor:

@@ -69,6 +69,8 @@ class Segment:
     node: fx.Node
     start: int
     stop: int
+    channels: int
+    """Of the whole axis."""
     role: str = ""
     """Empty for the tensor's own; "trunk" for its readers', "in" and "out" for the sides of a grouped convolution."""
 
@@ -78,8 +80,7 @@ class Segment:
         return self.stop - self.start
 
     def __str__(self) -> str:
-        whole = (self.start, self.stop) == (0, _channels(self.node))
-        run = "" if whole else f"[{self.start}:{self.stop}]"
+        run = "" if self.width == self.channels else f"[{self.start}:{self.stop}]"
         return f"{self.node.name}{run}{f' ({self.role})' if self.role else ''}"
 
 
@@ -209,7 +210,7 @@ class ChannelGraph:
         cuts = self.cuts[node] if cuts is None else cuts
         made = []
         for start, stop in pairwise(cuts):
-            made.append(Segment(len(self._sites), node, start, stop, role))
+            made.append(Segment(len(self._sites), node, start, stop, cuts[-1], role))
             self._sites.append(made[-1])
         return made
 

@@ -399,7 +399,14 @@ CASES: dict[str, Case] = {
             *(Split(learned(8, 8, (1, 1, 0), 1), depthwise(8), learned(8, 8, (1, 1, 0), 1)), Call(interleave)),
             conv(16, 4),
         ),
-        *(5, 1),
+        5,
+    ),
+    "shuffle units": Case(
+        lambda: nn.Sequential(
+            *(conv(3, 16), Split(learned(8, 8, (1, 1, 0), 1), depthwise(8), conv(8, 8)), Call(interleave)),
+            *(Split(learned(8, 8, (1, 1, 0), 1), depthwise(8), conv(8, 8)), nn.ChannelShuffle(2), conv(16, 4)),
+        ),
+        *(6, 1),  # what is joined there is split otherwise
     ),
     "torch's channel shuffle": Case(between(nn.ChannelShuffle(2), nn.ReLU()), 3),
     "channel shuffle of 12": Case(

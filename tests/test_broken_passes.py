@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from foldgroup.certificate import certify
 from foldgroup.channel_order import ChannelOrder
-from passes.absorb_shuffles import reordered
 from foldgroup.equivalence import pass_check, seeded_inputs
 from foldgroup.errors import EquivalenceError
 from foldgroup.forms import ChannelShuffle, MaskedConv2d, conv_like, with_tensors
@@ -23,6 +22,7 @@ from foldgroup.grouping import Grouping
 from foldgroup.pipeline import Pass, PassResult, first_difference
 from foldgroup.trace import fork, trace
 from passes import default_pipeline
+from passes.absorb_shuffles import reordered
 from passes.fold_batchnorm import fold
 
 
@@ -32,7 +32,7 @@ class Victim(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.first_norm, self.relu = conv(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU()
-        self.first, self.second = learned(8, 8, (1, 1, 0)), learned(8, 8, (1, 0, 0))
+        self.first, self.second = learned(8, 8, (1, 1, 0)), learned(8, 8, (1, 0, 1))
         self.second_norm, self.branch, self.branch_norm = nn.BatchNorm2d(8), conv(8, 8), nn.BatchNorm2d(8)
         self.head = nn.Linear(8, 4)
 

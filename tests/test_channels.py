@@ -12,6 +12,7 @@ from graphs import (
     CASES,
     PASSES,
     Call,
+    ChannelsLast,
     Joined,
     Leaf,
     Residual,
@@ -203,6 +204,14 @@ def test_a_constant_and_its_reader_have_one_order():
     assert [tie.cost for tie in channels.problem.ties if scale.site in (tie.a, tie.b)] == [inf]
 
 
+def test_a_segment_is_named_by_its_tensor_wherever_its_channels_are():
+    channels = channels_of(conv(8, 8), ChannelsLast(nn.ReLU(), Scale(8)), conv(8, 4))
+    constant = next(n for n in channels.graph.graph.nodes if n.op == "get_attr")
+    assert [str(segment) for segment in channels.own[constant]] == [constant.name]
+    relu = node(channels, "1.body.0")
+    assert [str(segment) for segment in channels.own[relu]] == [relu.name]
+
+
 def test_shuffles_tie_what_they_reorder():
     channels = ChannelGraph(compiled_case("bottleneck").given_to("absorb_shuffles"))
     assert [n.name for n, _ in channels.shuffles] == ["_3_body_3_in", "_3_body_3_out"]
@@ -222,10 +231,10 @@ def test_an_own_shuffle_belongs_to_no_layer():
     assert channels.wanted_by(shuffle) == ""
 
 
-def test_a_shuffle_of_channels_that_were_joined_stays_whatever_is_planned():
-    channels = channels_of(conv(8, 8), Joined(conv(8, 8)), interleave, conv(16, 4))
-    assert channels.fixed == CostModel().move(2 * BYTES * 2 * ALONG)
-    assert channels_of(conv(8, 8), interleave, conv(8, 4)).fixed == 0
+def test_a_shuffle_between_channels_joined_and_split_stays_whatever_is_planned():
+    layers = conv(8, 8), Joined(conv(8, 8)), interleave
+    assert channels_of(*layers, conv(16, 4)).fixed == 0
+    assert channels_of(*layers, Split(conv(8, 8)), conv(16, 4)).fixed == CostModel().move(2 * BYTES * 2 * ALONG)
 
 
 # ---- digits ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ children of P. With one set in play there is one child, the whole set.
 Under a mount, what a site is sorted by is ``above`` and then what the segment is sorted by. So that both find the same
 flags there, every set is also put below ``above``, and those that have it are also put without it.
 
+A site that lacks digits needs the sets without them too; the solver puts them in.
+
 A pinned flag is as it is, and so is the flag above a segment: its path is in the tree digit by digit, and a closure
 that contains its next digit is reached through it.
 """

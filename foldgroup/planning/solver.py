@@ -109,14 +109,18 @@ def _solve_component(problem: Problem, sites: list[int], max_flags: int, max_wor
     tree, kept, least_kept, too_many = None, len(by_gain), 0, len(by_gain) + 1
     while tree is None or too_many - least_kept > 1:  # the most links whose flags fit
         try:
-            room = limit if kept else max_flags
-            tree = flag_tree({link.digits for link in by_gain[:kept]} | wanted, paths, room, above)
+            room = limit if kept else 1_000_000  # with none, hardly a flag is left
+            demands = {link.digits for link in by_gain[:kept]} | wanted
+            demands |= {demand - lacked for lacked in {*problem.lacks.values()} for demand in demands}
+            tree = flag_tree(demands, paths, room, above)
             least_kept = kept
         except TooManyFlags:
             too_many = kept
         kept = (least_kept + too_many) // 2
     flags, cost = _Elimination(problem, sites, tree).run()
-    return Solution(flags, cost, cost if least_kept == len(by_gain) else least)
+    if least_kept == len(by_gain):
+        return Solution(flags, cost, cost)
+    return Solution(flags, problem.cost({site: flags[site] for site in range(problem.sites)}), least)
 
 
 def _tables(problem: Problem, sites: list[int]) -> tuple[int, int]:

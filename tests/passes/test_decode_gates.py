@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from foldgroup.errors import PassError
 from foldgroup.forms import MaskedConv1d, MaskedConv2d, MaskedConv3d
 from foldgroup.nn import DGConv1d, DGConv2d, DGConv3d
+from foldgroup.nn.dgconv import DGConv
 from foldgroup.pipeline import Note
 from foldgroup.trace import called_module, trace
 from passes import DecodeGates
@@ -31,8 +32,8 @@ def test_masks_every_learned_layer_and_nothing_else(name):
     for before, after in zip(case.given_to(NAME).graph.nodes, case.made_by(NAME).graph.nodes, strict=True):
         layer, masked = called_module(case.given_to(NAME), before), called_module(case.made_by(NAME), after)
         assert (before.name, before.op, before.target) == (after.name, after.op, after.target)
-        if isinstance(layer, DGConv2d):
-            assert type(masked) is MaskedConv2d
+        if isinstance(layer, DGConv):
+            assert type(masked) is DIMENSIONS[type(layer)]
         else:
             assert masked is layer
 

@@ -260,8 +260,8 @@ def test_leaves_a_norm_of_another_class():
 
 
 def test_leaves_a_norm_behind_a_shuffle_that_stays():
-    record = compiled_case("norm before the output").record(NAME)
-    assert record.skips == (Note("2", "it follows _1_out, which is no convolution"),)
+    record = compiled_case("norm called twice").record(NAME)
+    assert record.skips[0] == Note("2.layer", "it follows _1_out_order, which is no convolution")
     assert not record.changed
 
 

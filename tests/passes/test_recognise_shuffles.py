@@ -27,7 +27,7 @@ from foldgroup.trace import called_module
 from passes import RecogniseShuffles
 
 NAME = "recognise_shuffles"
-OWN = {"shuffle unit": 1, "torch's channel shuffle": 1, "channel shuffle of 12": 1}
+OWN = {"shuffle unit": 1, "shuffle units": 2, "torch's channel shuffle": 1, "channel shuffle of 12": 1}
 
 
 @pytest.mark.parametrize("name", CASES)
