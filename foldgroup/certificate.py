@@ -45,20 +45,31 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from foldgroup import rules as ops
 from foldgroup.channel_order import ChannelOrder
-from foldgroup.errors import ChannelOrderError
-from foldgroup.forms import CONVS, TRANSPOSED_CONVS, ChannelSelect, ChannelShuffle, MaskedConv, settings
+from foldgroup.errors import FoldgroupError
+from foldgroup.forms import (
+    CONVS,
+    TRANSPOSED_CONVS,
+    ChannelSelect,
+    ChannelShuffle,
+    MaskedConv,
+    MaskedConv1d,
+    MaskedConv2d,
+    MaskedConv3d,
+    settings,
+)
 from foldgroup.grouping import kronecker_mask
 from foldgroup.nn.dgconv import KINDS, DGConv
 from foldgroup.purity import impurity
 from foldgroup.reshaping import shuffle_at
 from foldgroup.rules import rules_of
-from foldgroup.trace import called_module, is_no_op, shape_of
+from foldgroup.trace import attach_shapes, called_module, fork, is_no_op, shape_of
 
 _CONV_SETTINGS = (
     *("kernel_size", "stride", "padding", "dilation", "transposed", "output_padding", "padding_mode"),
     "_reversed_padding_repeated_twice",
 )
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_MASKED = (MaskedConv1d, MaskedConv2d, MaskedConv3d)
 _PLAIN = (bool, int, float, str, tuple, list, set, dict)
 """Types whose values are the same setting if they are equal; others must be the same object."""
 
@@ -73,7 +84,7 @@ class Claim:
 
     @property
     def in_order(self) -> bool:
-        """Whether it is the whole of the source, as it was."""
+        """Whether its channels are the first of the source's, as they were."""
         return self.index is None or torch.equal(self.index, torch.arange(len(self.index)))
 
     def of(self, value: Tensor) -> Tensor:
@@ -114,6 +125,13 @@ class _Refuted(Exception):
     """A claim that does not follow."""
 
 
+_NOT_PROVEN = (
+    *(_Refuted, FoldgroupError, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError),
+    *(TypeError, ValueError),
+)
+"""What an untrusted graph may come to: a claim that does not follow, or something that cannot be read at all."""
+
+
 def certify(training: fx.GraphModule, compiled: fx.GraphModule) -> Certificate:
     """Prove that ``compiled`` computes ``training`` exactly, or say where the proof fails.
 
@@ -122,18 +140,32 @@ def certify(training: fx.GraphModule, compiled: fx.GraphModule) -> Certificate:
     certificate = Certificate(failure=impurity(training) or impurity(compiled))
     if not certificate.holds:
         return certificate
-    proof = _Proof(training, compiled, certificate)
-    for node in compiled.graph.nodes:
-        try:
+    node = None
+    try:
+        _check_shapes(training, compiled)
+        proof = _Proof(training, compiled, certificate)
+        for node in compiled.graph.nodes:
             if node.op == "output":
                 proof.check_output(node)
                 return certificate
             proof.grant(node)
-        except (_Refuted, ChannelOrderError) as refuted:
-            certificate.failure = f"{node.target if node.op == 'call_module' else node.name}: {refuted}"
-            return certificate
-    certificate.failure = "the graph has no output"
+        certificate.failure = "the graph has no output"
+    except _NOT_PROVEN as refuted:
+        reason = str(refuted) if isinstance(refuted, _Refuted | FoldgroupError) else f"it cannot be read: {refuted!r}"
+        where = "the graph" if node is None else node.target if node.op == "call_module" else node.name
+        certificate.failure = f"{where}: {reason}"
     return certificate
+
+
+def _check_shapes(training: fx.GraphModule, compiled: fx.GraphModule) -> None:
+    """The shapes noted in ``compiled`` are those that its nodes have for the training form's input."""
+    noted = {node.name: node.meta.get("shape") for node in compiled.graph.nodes if node.op != "output"}
+    again = fork(compiled)
+    attach_shapes(again, shape_of(next(iter(training.graph.nodes))))
+    for node in again.graph.nodes:
+        shape = noted.get(node.name)
+        if node.op != "output" and (shape or ()) != shape_of(node):
+            raise _Refuted(f"{node.name}: its shape is noted as {shape} for {shape_of(node)}")
 
 
 @dataclass(frozen=True)
@@ -161,8 +193,15 @@ class _Proof:
         """Grant ``node`` its claim, if it follows from those of its operands."""
         held = self._claim(node)
         axis = self.axes[held.node]
-        if held.index is not None and node.op != "get_attr":
-            _require(self.our_axes[node] == axis, f"its channels are dimension {self.our_axes[node]}, not {axis}")
+        if held.index is not None:
+            ours, size = (
+                self.our_axes[node],
+                shape_of(held.node)[axis] if axis is not None and shape_of(held.node) else 0,
+            )
+            free = node.op == "get_attr" and ours is None and torch.equal(held.index, torch.arange(size))
+            _require(ours == axis or free, f"its channels are dimension {ours}, not {axis}")
+            within = not shape_of(held.node) or bool(((held.index >= 0) & (held.index < size)).all())
+            _require(within, "it holds channels that are not there")
         noted, true = shape_of(node), list(shape_of(held.node))
         if axis is not None and held.index is not None and true:
             true[axis] = len(held.index)
@@ -178,7 +217,7 @@ class _Proof:
         output = next(source for source in self.sources.values() if source.op == "output")
         self._check_operands(node, output)
         for ours, theirs in self._operands(node, output):
-            in_order = _in_order(self._seen(ours, theirs))
+            in_order = self._in_order(self._seen(ours, theirs), theirs)
             _require(in_order, "the network's output is not in its original channel order")
 
     # ---- what a node holds -----------------------------------------------------------------------------------
@@ -189,7 +228,7 @@ class _Proof:
             shuffled = shuffle_at(self.training, node)
             if is_no_op(called_module(self.training, node)):
                 self._bases[node] = self._base(node.all_input_nodes[0])
-            elif shuffled is not None and self.axes[shuffled[0]] == 1:
+            elif shuffled is not None and self.axes[shuffled[0]] == self.axes[node] == 1:
                 base, index = self._base(shuffled[0])
                 order = shuffled[1].index
                 self._bases[node] = base, order if index is None else index[order]
@@ -243,6 +282,7 @@ class _Proof:
             (given,) = (self.held[operand] for operand in node.all_input_nodes)
             _require(self.axes[given.node] == 1, "it selects along dimension 1, not the channels")
             index = _index_of(given)
+            _require(module.index.dtype in (torch.int32, torch.int64), "it selects by what are no numbers of channels")
             inside = module.index.ndim == 1 and bool(((module.index >= 0) & (module.index < len(index))).all())
             _require(inside, f"it selects channels that are not among {len(index)}")
             return _Held(given.node, index[module.index])
@@ -260,7 +300,7 @@ class _Proof:
             return selected
         if isinstance(module, _ConvNd | nn.Linear) and not isinstance(rule, ops.Barrier):
             return self._layer(node, module, rule, source)
-        if isinstance(module, MaskedConv) and isinstance(self.axes[source], int):
+        if isinstance(module, MaskedConv) and type(module) in _MASKED and self._reads_channels(node, module):
             return self._layer(node, module, rule, source)
         self._check_operands(node, source)
         return self._canonical(source, self._result(node, rule, source, module))
@@ -277,15 +317,21 @@ class _Proof:
     def _result(self, node: fx.Node, rule: ops.Rule, source: fx.Node, module: nn.Module | None) -> Tensor | None:
         """The channels of ``source`` that an operation which is the training form's own gives."""
         original = called_module(self.training, source)
-        seen = {ours: self._seen(ours, theirs) for ours, theirs in self._operands(node, source)}
-        if isinstance(rule, ops.Through):
-            indices = [seen[operand] for operand in rule.operands]
-            first = indices[0]
-            same = first is not None and all(index is not None and torch.equal(index, first) for index in indices)
+        theirs = self.training_rules[source]
+        pairs = [(ours, operand, self._seen(ours, operand)) for ours, operand in self._operands(node, source)]
+        seen = {ours: index for ours, _, index in pairs}
+        alike = isinstance(rule, ops.Barrier) or type(rule) is type(theirs) or isinstance(theirs, ops.Takes)
+        _require(alike, f"it is no longer what {source.name} does to channels")
+        if isinstance(rule, ops.Through) and isinstance(theirs, ops.Through):
+            carried = [(ours, index) for ours, operand, index in pairs if operand in theirs.operands]
+            first = carried[0][1]
+            same = all(index is not None and first is not None and torch.equal(index, first) for _, index in carried)
             _require(same, "its operands are in different channel orders")
+            _require({ours for ours, _ in carried} == set(rule.operands), "other operands carry its channels")
             assert first is not None
-            others = [o for o in node.all_input_nodes if o not in rule.operands and not _broadcasts(o, node, rule.axis)]
-            _require(all(_in_order(seen[other]) for other in others), "an operand is not in its original order")
+            for _, operand, index in pairs:
+                aside = operand in theirs.operands or _broadcasts(operand, source, theirs.axis)
+                _require(aside or self._in_order(index, operand), "an operand is not in its original order")
             if rule.repeat > 1:
                 first = (first[:, None] * rule.repeat + torch.arange(rule.repeat)).reshape(-1)
             if rule.groups > 1:
@@ -299,8 +345,6 @@ class _Proof:
         _check_module(original, module, None)
         if isinstance(rule, ops.Joins):
             parts, at = [], 0
-            theirs = self.training_rules[source]
-            _require(isinstance(theirs, ops.Joins), "it joins what the training form does not")
             assert isinstance(theirs, ops.Joins)
             for ours, operand in zip(rule.operands, theirs.operands, strict=True):
                 index = self._seen(ours, operand)
@@ -310,34 +354,50 @@ class _Proof:
             return torch.cat(parts)
         if isinstance(rule, ops.Splits):
             return seen[rule.operand]
-        if isinstance(rule, ops.Takes):
-            index = seen[rule.operand]
+        if isinstance(theirs, ops.Takes) and isinstance(rule, ops.Takes | ops.Through):
+            operand = rule.operand if isinstance(rule, ops.Takes) else rule.operands[0]
+            index = seen[operand]
             assert index is not None
-            index = index[rule.start : rule.stop] - rule.start
-            inside = len(index) == rule.stop - rule.start and bool(((index >= 0) & (index < len(index))).all())
+            index = (index[rule.start : rule.stop] if isinstance(rule, ops.Takes) else index) - theirs.start
+            inside = bool(((index >= 0) & (index < theirs.stop - theirs.start)).all())
             _require(inside, "it takes channels that the training form does not")
             return index
+        _require(not isinstance(rule, ops.Through | ops.Takes), "it takes what the training form does not")
         if isinstance(rule, ops.Constant):
             return self._constant(node, source)
         if isinstance(rule, ops.Reads):
-            for ours, operand in self._operands(node, source):
-                if seen[ours] is not None:
-                    self._check_whole(seen[ours], self._base(operand)[0])
+            for _, operand, index in pairs:
+                if index is not None:
+                    self._check_whole(index, operand)
             return None
-        in_order = all(_in_order(index) for index in seen.values())
+        in_order = all(self._in_order(index, operand) for _, operand, index in pairs)
         _require(in_order, "its operands are not in their original channel order")
         return self._whole(source)
 
+    def _in_order(self, index: Tensor | None, node: fx.Node) -> bool:
+        """Whether an index is all channels of a training node, as they were."""
+        whole = self._whole(node) if shape_of(node) else None
+        return index is None or (torch.equal(index, whole) if whole is not None else self._is_split(index, node))
+
+    def _is_split(self, index: Tensor, node: fx.Node) -> bool:
+        """The same for a tuple of parts, whose index is that of what was split."""
+        split = self.training_rules[node]
+        return isinstance(split, ops.Splits) and torch.equal(index, torch.arange(sum(split.sizes)))
+
     def _check_whole(self, index: Tensor | None, node: fx.Node) -> None:
+        axis = self.axes[node]
         assert index is not None
-        whole = torch.equal(index.sort().values, torch.arange(shape_of(node)[self.axes[node] or 1]))
-        _require(whole, "it does not have all channels")
+        size = sum(rule.sizes) if isinstance(rule := self.training_rules[node], ops.Splits) else None
+        if size is None:
+            assert axis is not None
+            size = shape_of(node)[axis]
+        _require(torch.equal(index.sort().values, torch.arange(size)), "it does not have all channels")
 
     def _constant(self, node: fx.Node, source: fx.Node) -> Tensor | None:
         tensor, original = _attribute(self.compiled, node), _attribute(self.training, source)
         axis, index = self.axes[source], self._whole(source)
         if axis is not None and "out_order" in node.meta:
-            index = node.meta["out_order"].index
+            index = _numbers(node.meta["out_order"].source, original.shape[axis])
             original = original.index_select(axis, index)
         _require(_equal(tensor, original), "its tensor differs from the training form's")
         return index
@@ -349,12 +409,13 @@ class _Proof:
         assert isinstance(module, _ConvNd | nn.Linear)
         norm = called_module(self.training, source)
         conv, moved = source, None
-        if isinstance(norm, _NORMS):
+        if type(norm) in _NORMS:
             conv, moved = self._base(source.all_input_nodes[0])
         else:
             norm = None
         self._check_operands(node, conv)
-        ((ours, theirs),) = self._operands(node, conv)
+        (ours, theirs), *sizes = self._operands(node, conv)
+        _require(all(isinstance(self.rules[size], ops.Reads) for size, _ in sizes), "it reads more than one tensor")
         before = self._seen(ours, theirs)
         if before is None:
             raise _Refuted(f"it reads {theirs.name}, which has no channels")
@@ -363,21 +424,34 @@ class _Proof:
         if isinstance(rule, ops.Through) and not {"out_index", "out_order"} & node.meta.keys():
             after = (before[:, None] * rule.repeat + torch.arange(rule.repeat)).reshape(-1)
         elif "out_index" in node.meta:
-            after = torch.tensor(node.meta["out_index"])
+            after = _numbers(node.meta["out_index"], shape_of(conv)[self.axes[conv] or 1])
         elif "out_order" in node.meta:
-            after = node.meta["out_order"].index
+            after = _numbers(node.meta["out_order"].source, shape_of(conv)[self.axes[conv] or 1])
         original = called_module(self.training, conv)
         of_norm = after if moved is None else torch.argsort(moved)[after]  # a shuffle of the network's own between them
         _check_weights(module, original, norm, before, after, of_norm, self.certificate)
         return self._canonical(source, of_norm)
 
+    def _reads_channels(self, node: fx.Node, module: MaskedConv) -> bool:
+        """Whether a masked convolution reads [N, C, …] with the channels where it takes them to be."""
+        operand = node.all_input_nodes[0]
+        return len(shape_of(operand)) == len(module.kernel_size) + 2 and self.axes[self.held[operand].node] == 1
 
-def _in_order(index: Tensor | None) -> bool:
-    return index is None or torch.equal(index, torch.arange(len(index)))
+
+def _numbers(given: object, size: int) -> Tensor:
+    """Channel numbers that a pass has noted."""
+    numbers = given if isinstance(given, tuple) else ()
+    fits = numbers and all(type(n) is int and 0 <= n < size for n in numbers)
+    _require(bool(fits), f"what is noted of its channels are no numbers below {size}")
+    return torch.tensor(numbers)
+
+
+def _in_order(index: Tensor) -> bool:
+    return torch.equal(index, torch.arange(len(index)))
 
 
 def _broadcasts(operand: fx.Node, node: fx.Node, axis: int) -> bool:
-    """Whether an operand has one value for all channels of ``node``, or is no tensor."""
+    """Whether a training operand has one value for all channels of ``node``, or is no tensor."""
     shape = shape_of(operand)
     own = axis - len(shape_of(node)) + len(shape)
     return not shape or own < 0 or shape[own] == 1
@@ -386,9 +460,8 @@ def _broadcasts(operand: fx.Node, node: fx.Node, axis: int) -> bool:
 def _normalises(module: nn.Module | None, node: fx.Node) -> bool:
     """Whether the operation sums over channels on the way."""
     name = str(getattr(node.target, "__name__", node.target))
-    return isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.Softmax | nn.LogSoftmax | nn.Softmin) or name in (
-        *("softmax", "log_softmax", "layer_norm", "normalize"),
-    )
+    over = nn.GroupNorm | nn.LayerNorm | nn.Softmax | nn.Softmax2d | nn.LogSoftmax | nn.Softmin
+    return isinstance(module, over) or name in (*("softmax", "log_softmax", "layer_norm", "normalize"),)
 
 
 def _index_of(held: _Held) -> Tensor:
@@ -418,7 +491,8 @@ def _check_module(original: nn.Module | None, module: nn.Module | None, index: T
     ours, theirs = settings(module), settings(original)
     for name in ours.keys() | theirs.keys():
         value, other = ours.get(name), theirs.get(name)
-        same = value is other or (type(value) is type(other) and isinstance(value, _PLAIN) and value == other)
+        equal = type(value) is type(other) and isinstance(value, _PLAIN) and value == other
+        same = value is other or (equal and repr(value) == repr(other))  # 0.0 and −0.0 are equal but for their text
         _require(same, f"{name} {value} for {other}")
     sources = dict(_named_tensors(original))
     for name, tensor in _named_tensors(module):
@@ -448,15 +522,16 @@ def _check_weights(
     weight, ours = original.weight.detach(), module.weight.detach()
     groups = getattr(module, "groups", 1)
     transposed = type(original) in TRANSPOSED_CONVS
-    if transposed and groups == getattr(original, "groups", 1) == 1:  # [C_in, C_out, …], else depthwise: [C, 1, …]
-        weight, ours = weight.transpose(0, 1), ours.transpose(0, 1)
+    if transposed:  # [C_in, C_out/G, …]
+        assert isinstance(original, _ConvNd)
+        weight, ours = _turned(weight, original.groups), _turned(ours, groups)
     out_channels, width = ours.shape[:2]
     fits = out_channels == len(after) and width * groups == len(before) and out_channels % groups == 0
     _require(fits, f"weights of shape {list(module.weight.shape)} for {list(original.weight.shape)}")
 
     mask = _training_mask(original, weight)
     connected = None
-    whole = len(before) == weight.shape[1]
+    whole = torch.equal(before.sort().values, torch.arange(weight.shape[1]))
     if groups == 1 and mask is None and whole:
         kept = weight if _in_order(after) and len(after) == len(weight) else weight[after]
         kept = kept if _in_order(before) else kept[:, before]
@@ -467,6 +542,8 @@ def _check_weights(
         rows = after[:, None].expand_as(reads)
         mask = weight.flatten(2).ne(0).any(2) if mask is None and weight.ndim > 2 else mask
         mask = weight.ne(0) if mask is None else mask  # nothing said so, but what is zero counts for nothing
+        outside = weight[~mask] if mask.shape == weight.shape[:2] else weight[:0]
+        _require(bool(outside.isfinite().all()), "its mask hides what is not finite: 0 · ∞ is no zero")
         connected = mask[rows, reads] & _first(before.reshape(groups, width)).repeat_interleave(len(rows) // groups, 0)
         ones = int(mask[after].sum())
         _require(int(connected.sum()) == ones, "a weight that the mask keeps was pruned")
@@ -485,6 +562,13 @@ def _check_weights(
     certificate.layers += 1
     certificate.weights_kept += ones * positions
     certificate.weights_pruned += (out_channels * weight.shape[1] - ones) * positions
+
+
+def _turned(weight: Tensor, groups: int) -> Tensor:
+    """The kernel [C_in, C_out/G, …] of a transposed convolution as [C_out, C_in/G, …]."""
+    rows, width, *kernel = weight.shape
+    blocks = weight.reshape(groups, rows // groups, width, *kernel).transpose(1, 2)
+    return blocks.reshape(groups * width, rows // groups, *kernel)
 
 
 def _first(reads: Tensor) -> Tensor:
@@ -532,8 +616,8 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: nn.Module, after: Tensor)
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        yield name, tensor.detach()
+    for named in (module.named_parameters, module.named_buffers):
+        yield from ((name, tensor.detach()) for name, tensor in named(remove_duplicate=False))
 
 
 def _equal(tensor: Tensor, other: Tensor) -> bool:

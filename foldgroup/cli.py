@@ -240,13 +240,18 @@ def run(bundle: Path, images: tuple[Path, ...], target: str | None, top: int, as
 
 @main.command()
 @click.argument("bundle", type=ExistingPath)
+@click.option("--dot", is_flag=True, help="Draw the channel spaces instead, in Graphviz's language.")
 @_errors_are_messages
-def explain(bundle: Path) -> None:
+def explain(bundle: Path, dot: bool) -> None:
     """Tell what each pass did to BUNDLE, and why it left what it left."""
     from foldgroup.bundle import read_bundle
+    from foldgroup.report.plan import plan_dot
     from foldgroup.report.tables import explain_report
 
-    _show(explain_report(read_bundle(bundle)))
+    if dot:
+        click.echo(plan_dot(read_bundle(bundle)))
+    else:
+        _show(explain_report(read_bundle(bundle)))
 
 
 @main.command()

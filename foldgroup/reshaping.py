@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -27,23 +28,29 @@ def shuffle_at(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ChannelOr
     groups: Any = module.groups if type(module) is nn.ChannelShuffle else None
     if node.op == "call_function" and node.target is functional.channel_shuffle:
         groups = node.args[1] if len(node.args) > 1 else node.kwargs.get("groups")
-    if groups is not None:
+    if isinstance(groups, int):
         channels = shape_of(node)[1]
         order = ChannelOrder.from_digits([groups, channels // groups], [1, 0])
         return (node.all_input_nodes[0], order) if not order.is_identity else None
-    if node.target not in _RESHAPES or len(shape_of(node)) < 2:
+    if not _is(node, _RESHAPES) or len(shape_of(node)) < 2:
         return None
-    chain, source = [node], node.args[0]
-    while isinstance(source, fx.Node) and source.target in _RESHAPES | _MOVES | _SAME and len(chain) < _LONGEST:
+    chain, source = [node], node.all_input_nodes[0]
+    while len(chain) < _LONGEST:
         reordered = _order(chain, source) if shape_of(source) == shape_of(node) else None
         if reordered is not None:
             return source, reordered
+        if not _is(source, _RESHAPES | _MOVES | _SAME):
+            return None
         chain.append(source)
-        source = source.args[0]
-    if isinstance(source, fx.Node) and shape_of(source) == shape_of(node):
-        reordered = _order(chain, source)
-        return None if reordered is None else (source, reordered)
+        source = source.all_input_nodes[0]
     return None
+
+
+def _is(node: fx.Node, operations: Set[object]) -> bool:
+    """Whether a node is one of some operations on the places of values and no more: a view may change types."""
+    called = node.op in ("call_function", "call_method") and node.target in operations
+    given = (*node.args, *node.kwargs.values())
+    return called and bool(shape_of(node)) and not any(isinstance(value, torch.dtype) for value in given)
 
 
 def _order(chain: list[fx.Node], source: fx.Node) -> ChannelOrder | None:

@@ -292,6 +292,8 @@ def dropping(position: int, name: str = "training") -> RuleOf:
 def _kept(call: Call) -> Rule:
     """The channels of the first operand where they were."""
     axis = call.axis(call.first)
+    if axis is None and isinstance(call.rules[call.first], Reads):
+        return Reads()  # nothing of the channels is left to reorder
     if axis is None or len(shape_of(call.first)) != len(call.shape):
         return Barrier(f"{call.node.name} has no operand with channels")
     if shape_of(call.first)[axis] != call.shape[axis]:

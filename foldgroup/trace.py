@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from foldgroup.errors import TraceError
 from foldgroup.nn.dgconv import DGConv
@@ -116,11 +117,22 @@ class _Shapes(fx.Interpreter):
         module = self.fetch_attr(target)
         if isinstance(module, DGConv):  # the mask does not change the shape, and takes long to make
             return super(DGConv, module).forward(*args, **kwargs)
-        return super().call_module(target, args, kwargs)
+        weights = next((t.dtype for t in _tensors(module) if t.is_floating_point()), None)
+        given = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)), None)
+        if weights is None or given is None or not given.is_floating_point():
+            return super().call_module(target, args, kwargs)
+        # Layers that took in a batch norm are in float64 between others in float32.
+        value = super().call_module(target, *(_cast((args, kwargs), weights)))
+        return _cast(value, given.dtype)
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = self.fetch_attr(target)  # as a fake, or an in-place operation would write into the network
         return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Every floating-point tensor in ``value`` as ``dtype``."""
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, value)
 
 
 @contextmanager

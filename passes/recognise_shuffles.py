@@ -18,6 +18,7 @@ from torch import fx
 from foldgroup.forms import ChannelShuffle
 from foldgroup.pipeline import Note, Pass, PassResult, Stage
 from foldgroup.reshaping import shuffle_at
+from foldgroup.rules import rules_of
 from foldgroup.trace import fork
 
 
@@ -31,11 +32,15 @@ class RecogniseShuffles(Pass):
         """Replace every one, and drop what only it had used."""
         result = fork(graph)
         rewrites = []
+        _, axes = rules_of(graph)
+        before = {node.name: axes[node] for node in graph.graph.nodes}
         for node in list(result.graph.nodes):
             found = shuffle_at(result, node)
             if found is None:
                 continue
             source, order = found
+            if {before.get(source.name, 1), before[node.name]} != {1}:
+                continue  # dimension 1 is not the channels here
             name = f"{node.name}_shuffle"
             while hasattr(result, name):
                 name += "_"

@@ -14,14 +14,15 @@ Neither kind of function needs its L × L values for L flags. With F(a) the mini
 because c does not rise from a node to its children. So one elimination takes O(L) for a neighbour and O(L²) for two.
 Where every site left has three neighbours or more, one of them is tried with each of its flags.
 
-Where even that is too large, the flags are cut down to those that the most expensive links ask for. The plan found is
-then an upper bound, and what every link costs with all its groups and no shuffle anywhere a lower one.
+Where even that is too large, the sites that would have to be tried are held at one flag each and improved in turn, and
+the flags are cut down to those that the links with most to gain ask for. The plan found is then an upper bound, and
+what every link costs with all its groups and no shuffle anywhere a lower one.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -37,8 +38,12 @@ Array = npt.NDArray[np.float64]
 MAX_FLAGS = 20_000
 """Flags of a component, at most; more are cut down."""
 
-MAX_WORK = 400_000_000
+MAX_WORK = 1_000_000_000
 """Entries of all tables of a component together, at most, which is a matter of seconds; more flags are cut down."""
+
+
+ROUNDS = 6
+"""How often a plan that cannot be found exactly is improved, at most."""
 
 
 @dataclass(frozen=True)
@@ -104,27 +109,35 @@ def _solve_component(problem: Problem, sites: list[int], max_flags: int, max_wor
     above = {mount.above for mount in problem.mounts if mount.deep}
     paths = {*problem.pins.values(), *(mount.above for mount in problem.mounts)}
     tables, fixed = _tables(problem, sites)
-    limit = max_flags if not tables + fixed else int((max_work / max(1, tables)) ** (1 / (2 + fixed)))
-    limit = max(min(limit, max_flags), 1 + sum(map(len, paths)))
-    tree, kept, least_kept, too_many = None, len(by_gain), 0, len(by_gain) + 1
-    while tree is None or too_many - least_kept > 1:  # the most links whose flags fit
+    work = max(1, tables) * max(1, len(sites) // 100)
+
+    def tree(kept: int, limit: int) -> FlagTree | None:
+        """The flags that the ``kept`` links with most to gain ask for; None if there are too many."""
+        demands = {link.digits for link in by_gain[:kept]} | wanted
+        demands |= {demand - lacked for lacked in {*problem.lacks.values()} for demand in demands}
         try:
-            room = limit if kept else 1_000_000  # with none, hardly a flag is left
-            demands = {link.digits for link in by_gain[:kept]} | wanted
-            demands |= {demand - lacked for lacked in {*problem.lacks.values()} for demand in demands}
-            tree = flag_tree(demands, paths, room, above)
-            least_kept = kept
+            return flag_tree(demands, paths, limit, above)
         except TooManyFlags:
-            too_many = kept
-        kept = (least_kept + too_many) // 2
-    flags, cost = _Elimination(problem, sites, tree).run()
-    if least_kept == len(by_gain):
+            return None
+
+    limit = max_flags if not tables + len(fixed) else int((max_work / work) ** (1 / (2 + len(fixed))))
+    every = tree(len(by_gain), min(limit, max_flags))
+    if every is not None:
+        flags, cost = _Elimination(problem, sites, every).run()
         return Solution(flags, cost, cost)
-    return Solution(flags, problem.cost({site: flags[site] for site in range(problem.sites)}), least)
+    limit = max(min(int((max_work / work) ** 0.5), max_flags), 1 + sum(map(len, paths)))
+    best, kept, too_many = tree(0, 1_000_000), 0, len(by_gain) + 1
+    while too_many - kept > 1:  # the most links whose flags fit
+        middle = (kept + too_many) // 2
+        found = tree(middle, limit)
+        best, kept, too_many = (found, middle, too_many) if found is not None else (best, kept, middle)
+    assert best is not None
+    flags, cost = _Elimination(problem, sites, best).improve(fixed)
+    return Solution(flags, cost, least)
 
 
-def _tables(problem: Problem, sites: list[int]) -> tuple[int, int]:
-    """How many tables of two sites an elimination makes, and how many sites it has to fix, one inside the other."""
+def _tables(problem: Problem, sites: list[int]) -> tuple[int, list[int]]:
+    """How many tables of two sites an elimination makes, and the sites that it has to fix to make no larger ones."""
     root_of = _merged(problem, sites)
     near: dict[int, dict[int, bool]] = {root: {} for root in root_of.values()}  # True: nothing but a tie
     free = dict.fromkeys(near, True)
@@ -141,12 +154,12 @@ def _tables(problem: Problem, sites: list[int]) -> tuple[int, int]:
             free[a] = False
     for site in (*problem.pins, *problem.lacks, *problem.wanted):
         free[root_of[site]] = False
-    tables = fixed = 0
+    tables, fixed = 0, []
     while near:
         site = min(near, key=lambda s: (len(near[s]), s))
         if len(near[site]) > 2:
             site = max(near, key=lambda s: (len(near[s]), -s))
-            fixed += 1
+            fixed.append(site)
             for other in near.pop(site):
                 del near[other][site]
                 free[other] = False
@@ -206,50 +219,77 @@ class _Elimination:
     def run(self) -> tuple[tuple[Flag, ...], float]:
         """The flags of the sites, by number, and the cost."""
         chosen, cost = self._best(self.unary, self.pairs)
+        return self._every(chosen), cost
+
+    def improve(self, fixed: list[int]) -> tuple[tuple[Flag, ...], float]:
+        """A plan that no one of the sites ``fixed`` can better by itself, and its cost.
+
+        They are held, the others planned exactly around them; then each takes the flag that is best for it, and so on.
+        """
+        held = {site: int(self.unary[site].argmin()) for site in fixed}
+        best: tuple[Flag, ...] = ()
+        least = inf
+        for _ in range(ROUNDS):
+            unary, pairs = dict(self.unary), self.pairs
+            for site, flag in held.items():
+                unary, pairs, _ = _without(site, flag, unary, pairs)
+            chosen, _ = self._best(unary, pairs)
+            chosen |= held
+            flags = self._every(chosen)
+            cost = self.problem.cost({site: flags[site] for site in range(self.problem.sites)})
+            if best and not cost < least * (1 - 1e-9):
+                break
+            best, least = flags, cost
+            for site in fixed:
+                total = self.unary[site].copy()
+                for (a, b), functions in self.pairs.items():
+                    for function in functions if site in (a, b) else ():
+                        turned = function.turned() if a == site else function
+                        total += turned.row(chosen[b if a == site else a])
+                held[site] = chosen[site] = int(total.argmin())
+        return best, least
+
+    def _every(self, chosen: Mapping[int, int]) -> tuple[Flag, ...]:
         every: list[Flag] = [()] * self.problem.sites
         for site, root in self.root_of.items():
             every[site] = self.tree.flags[chosen[root]]
-        return tuple(every), cost
+        return tuple(every)
 
     def _best(self, unary: _Unary, pairs: _Pairs) -> tuple[dict[int, int], float]:
         """The best flags and their cost."""
         unary, pairs = dict(unary), defaultdict(list, {key: list(functions) for key, functions in pairs.items()})
+        near: dict[int, set[int]] = {site: set() for site in unary}
+        for a, b in pairs:
+            near[a].add(b)
+            near[b].add(a)
         order: list[tuple[int, list[tuple[int, list[_Function]]], Array]] = []
         chosen: dict[int, int] = {}
         cost = 0.0
         while unary:
-            near: dict[int, list[int]] = {site: [] for site in unary}
-            for a, b in pairs:
-                near[a].append(b)
-                near[b].append(a)
             site = min(near, key=lambda s: (len(near[s]), s))
             if len(near[site]) > 2:
                 chosen, rest = self._fix(max(near, key=lambda s: (len(near[s]), -s)), unary, pairs)
                 cost += rest
                 break
-            functions = [(other, _taken(pairs, other, site)) for other in near[site]]  # each as other → site
+            others = sorted(near.pop(site))
+            functions = [(other, _taken(pairs, other, site)) for other in others]  # each as other → site
             order.append((site, functions, unary[site]))
             cost += self._eliminate(unary.pop(site), functions, unary, pairs)
+            for other in others:
+                near[other].remove(site)
+                near[other].update(o for o in others if o != other)
         for site, functions, total in reversed(order):
             chosen[site] = int(sum((f.row(chosen[o]) for o, between in functions for f in between), total).argmin())
         return chosen, cost
 
     def _fix(self, site: int, unary: _Unary, pairs: _Pairs) -> tuple[dict[int, int], float]:
         """Try every flag of ``site``, whose functions become functions of one site each."""
-        own = unary[site]
         best: tuple[dict[int, int], float] = {}, inf
-        for flag in np.flatnonzero(own < inf).tolist():
-            left = {other: values for other, values in unary.items() if other != site}
-            remaining: _Pairs = defaultdict(list)
-            for (a, b), functions in pairs.items():
-                if site not in (a, b):
-                    remaining[a, b] = functions
-                for function in functions if site in (a, b) else ():
-                    other = b if a == site else a
-                    left[other] = left[other] + (function if a == site else function.turned()).row(flag)
+        for flag in np.flatnonzero(unary[site] < inf).tolist():
+            left, remaining, own = _without(site, flag, unary, pairs)
             chosen, cost = self._best(left, remaining)
-            if own[flag] + cost < best[1] or not best[0]:
-                best = {**chosen, site: flag}, float(own[flag]) + cost
+            if own + cost < best[1] or not best[0]:
+                best = {**chosen, site: flag}, own + cost
         return best
 
     def _eliminate(
@@ -274,6 +314,19 @@ class _Elimination:
         towards = at_b[0].turned() if len(at_b) == 1 else _Table(_total(at_b, self.flags).T)
         _add(pairs, a, b, _Table(towards.push(_total(at_a, self.flags) + own)))
         return 0.0
+
+
+def _without(site: int, flag: int, unary: _Unary, pairs: _Pairs) -> tuple[_Unary, _Pairs, float]:
+    """What is left for the others when ``site`` has a flag, and what that costs by itself."""
+    left = {other: values for other, values in unary.items() if other != site}
+    remaining: _Pairs = defaultdict(list)
+    for (a, b), functions in pairs.items():
+        if site not in (a, b):
+            remaining[a, b] = functions
+        for function in functions if site in (a, b) else ():
+            other = b if a == site else a
+            left[other] = left[other] + (function if a == site else function.turned()).row(flag)
+    return left, remaining, float(unary[site][flag])
 
 
 def _add(pairs: _Pairs, a: int, b: int, function: _Function) -> None:

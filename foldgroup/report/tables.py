@@ -12,6 +12,7 @@ from rich.text import Text
 
 from foldgroup.equivalence import FLOAT64_LIMIT
 from foldgroup.report.layout import bar, count, facts, grid, heading, paragraph, size
+from foldgroup.report.plan import plan_of, plan_report
 
 if TYPE_CHECKING:
     from foldgroup.benchmarking import BenchmarkReport
@@ -298,13 +299,17 @@ def explain_report(bundle: Bundle) -> Group:
             parts.append(_notes(rewrites, skips))
         parts.append("")
         ledger += record["shuffles"]
+    plan = plan_of(bundle)
+    if plan is not None:
+        parts += [plan_report(plan), ""]
     if not ledger:
         return Group(*parts, paragraph("No channel shuffle was inserted."))
-    table = grid(["shuffle", "channels", "fate", "by, or why"], left=(0, 2, 3))
+    table = grid(["shuffle", "channels", "put in by", "fate", "by, or why"], left=(0, 2, 3, 4))
     for entry in ledger:
-        table.add_row(Text(entry["node"]), str(entry["channels"]), entry["fate"], Text(entry["reason"]))
+        origin = entry.get("put_in_by", "folding")
+        table.add_row(Text(entry["node"]), str(entry["channels"]), origin, entry["fate"], Text(entry["reason"]))
     kept = sum(entry["fate"] == "kept" for entry in ledger)
-    return Group(*parts, heading(f"{_plural(len(ledger), 'channel shuffle')} inserted, {kept} kept"), table)
+    return Group(*parts, heading(f"{_plural(len(ledger), 'channel shuffle')}, {kept} kept"), table)
 
 
 def _notes(rewrites: Sequence[dict[str, str]], skips: Sequence[dict[str, str]]) -> Table:

@@ -15,9 +15,8 @@ from torch import fx, nn
 
 from foldgroup.certificate import certify
 from foldgroup.equivalence import seeded_inputs
-from foldgroup.forms import MaskedConv
+from foldgroup.forms import ChannelSelect, MaskedConv
 from foldgroup.masks import Geometry, Part, components, forms
-from foldgroup.forms import ChannelSelect
 from foldgroup.pipeline import Pipeline, dump
 from foldgroup.trace import called_module, evaluate, shape_of, trace
 from passes.decode_gates import DecodeGates
