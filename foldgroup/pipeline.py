@@ -261,8 +261,7 @@ def _run_checked(step: Pass, graph: fx.GraphModule, gives: Stage) -> PassResult:
         result.graph.recompile()
     except Exception as error:
         raise PassError(f"pass {step.name} made a malformed graph: {error}") from error
-    made = (node for node in result.graph.graph.nodes if node.name not in before)
-    if any("shape" not in node.meta for node in made):
+    if any("shape" not in node.meta for node in result.graph.graph.nodes if node.op != "output"):
         try:
             attach_shapes(result.graph, shape_of(next(iter(result.graph.graph.nodes))))
         except TraceError as error:

@@ -286,7 +286,8 @@ def test_a_constant_is_the_training_forms(value):
     training = traced(Constant())
     forged = fork(training)
     forged.get_submodule("0").scale = value
-    assert "its tensor differs" in refuted(training, forged)
+    reason = refuted(training, forged)
+    assert "its tensor differs" in reason or "does not accept an input" in reason
 
 
 def test_constants_are_not_taken_for_each_other():
@@ -488,8 +489,9 @@ def test_joined_channels_are_followed_part_by_part():
     assert "a weight is not" in refuted(training, permuted(training, **sides, _2=(beside(HALVES, CYCLE), None)))
     forged = permuted(training, **sides, _2=(beside(CYCLE, HALVES), None))
     (cat,) = (node for node in forged.graph.nodes if node.target is torch.cat)
-    cat.args = (cat.args[0][::-1], 1)
-    assert "it does not compute cat" in refuted(training, forged) or "in place of" in refuted(training, forged)
+    cat.args = (cat.args[0][::-1], *cat.args[1:])
+    reason = refuted(training, forged)
+    assert "it does not compute cat" in reason or "in place of" in reason
 
 
 TAKES = {"slice": lambda x: x[:, :4], "narrow": lambda x: x.narrow(1, 0, 4), "chunk": lambda x: x.chunk(2, 1)[0]}

@@ -65,7 +65,8 @@ def test_compile_json_is_the_manifest_alone(tiny_checkpoint: Path, tmp_path: Pat
     manifest = json.loads(result.stdout)
     assert manifest == json.loads((tmp_path / "b" / "manifest.json").read_bytes())
     assert manifest["schema"] == 1 and manifest["certificate"]["holds"]
-    assert manifest["shuffles"] == {"inserted": 4, "absorbed": 4, "cancelled": 0, "kept": []}
+    fates = {"inserted": 4, "own": 0, "placed": 0, "absorbed": 4, "cancelled": 0, "coarsened": 0, "kept": []}
+    assert manifest["shuffles"] == fates
     assert [layer["groups"] for layer in manifest["layers"]] == [2, 4, 4]
     assert manifest["macs"]["executed"] == manifest["macs"]["nominal"] < manifest["macs"]["training"]
     assert manifest["params"]["folded"] < manifest["params"]["training"]

@@ -309,4 +309,4 @@ def test_a_shuffle_of_other_channels_is_refuted():
         forged.add_submodule("s", ChannelShuffle(ChannelOrder.identity(4), ""))
         node = forged.graph.call_module("s", (next(iter(forged.graph.nodes)),))
     node_of(forged, "0").args = (node,)
-    assert "it reorders 4 channels of 3" in refuted(training, forged)
+    assert "don't multiply up to the size of dim 1 (3)" in refuted(training, forged)

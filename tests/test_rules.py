@@ -540,6 +540,7 @@ def test_a_shuffle_shuffles(dim):
 
 
 READS: dict[str, Layer] = {
+    "activation of sums": lambda x: torch.relu(x.mean((0, 1, 2))),
     **{f"torch.{name} over channels": function(getattr(torch, name), 1) for name in _REDUCTIONS},
     "mean over channels and positions": method("mean", (-3, 2), keepdim=True),
     "mean over everything": lambda x: x.mean(),
@@ -713,7 +714,6 @@ BARRIERS: dict[str, tuple[Layer, str]] = {
     # operands
     "other channels": (lambda x: x * x.transpose(1, 2)[:, :, :6].mean(1, keepdim=True), "on different axes"),
     "no channels": (lambda x: x.sum(1) + 1, "add has no operand with channels"),
-    "activation of sums": (lambda x: torch.relu(x.mean((0, 1, 2))), "relu has no operand with channels"),
     "images as channels": (
         nn.Sequential(Call(lambda x: x[:, :2]), Call(lambda x: x + x.sum(1))),
         "whose order is fixed",

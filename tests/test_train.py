@@ -244,7 +244,7 @@ def test_an_unknown_architecture_is_named(images, tmp_path):
 
 
 def test_an_architecture_that_learns_no_groups_is_refused(images, tmp_path):
-    with pytest.raises(ModelError, match="ResNet has no DGConv2d layer"):
+    with pytest.raises(ModelError, match="ResNet has no DGConv layer"):
         train(images, tmp_path / "net.pt", replace(CONFIG, arch="resnet18"))
 
 

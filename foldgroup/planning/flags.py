@@ -57,11 +57,16 @@ class FlagTree:
 
 
 def flag_tree(
-    demands: Collection[frozenset[Digit]], paths: Collection[Flag], limit: int, above: Collection[Flag] = ()
+    demands: Collection[frozenset[Digit]],
+    paths: Collection[Flag],
+    limit: int,
+    above: Collection[Flag] = (),
+    besides: Collection[Flag] = (),
 ) -> FlagTree:
     """The tree for the digit sets of the links and what else is wanted, with the flags in ``paths``.
 
-    These are the pins and the flags above segments; ``above`` has those of deep mounts once more.
+    These are the pins and the flags above segments; ``above`` has those of deep mounts once more. The flags in
+    ``besides`` are put behind all others, as if they had nothing in common with them.
 
     Raises:
         TooManyFlags: if it has more than ``limit`` nodes.
@@ -97,6 +102,11 @@ def flag_tree(
 
     masks = sorted({sum(bit[digit] for digit in demand) for demand in demands})
     grow((), 0, masks, list(paths), -1)
+    for flag in sorted(set(besides) - set(flags)):
+        flags.append(flag)
+        parents.append(0)
+        end.append(len(flags))
+    end[0] = len(flags)
     return FlagTree(tuple(flags), np.array(parents), np.array(end))
 
 

@@ -112,11 +112,12 @@ def _solve_component(problem: Problem, sites: list[int], max_flags: int, max_wor
     work = max(1, tables) * max(1, len(sites) // 100)
 
     def tree(kept: int, limit: int) -> FlagTree | None:
-        """The flags that the ``kept`` links with most to gain ask for; None if there are too many."""
+        """The flags that the ``kept`` links with most to gain ask for, and one for each other; None if too many."""
+        besides = [tuple(sorted(link.digits)) for link in by_gain[kept:]]
         demands = {link.digits for link in by_gain[:kept]} | wanted
         demands |= {demand - lacked for lacked in {*problem.lacks.values()} for demand in demands}
         try:
-            return flag_tree(demands, paths, limit, above)
+            return flag_tree(demands, paths, limit, above, besides)
         except TooManyFlags:
             return None
 
@@ -225,8 +226,15 @@ class _Elimination:
         """A plan that no one of the sites ``fixed`` can better by itself, and its cost.
 
         They are held, the others planned exactly around them; then each takes the flag that is best for it, and so on.
+        At first a layer's side is held at the layer's own digits, and what is no layer's as it was.
         """
         held = {site: int(self.unary[site].argmin()) for site in fixed}
+        places = {flag: node for node, flag in enumerate(self.tree.flags)}
+        for link in sorted(self.problem.links, key=lambda link: link.costs[1]):
+            own = places.get(tuple(sorted(link.digits)), 0)
+            held |= {
+                s: own for s in (self.root_of[link.a], self.root_of[link.b]) if s in held and self.unary[s][own] < inf
+            }
         best: tuple[Flag, ...] = ()
         least = inf
         for _ in range(ROUNDS):

@@ -195,8 +195,8 @@ def compile_summary(bundle: Bundle) -> Group:
     shuffles = manifest["shuffles"]
     groups = [layer["groups"] for layer in manifest["layers"]]
     kept = shuffles["kept"]
-    fates = ", ".join(f"{shuffles.get(fate, 0)} {fate}" for fate in ("absorbed", "cancelled", "coarsened"))
-    fates += f", {len(kept)} kept"
+    coarsened = f"{shuffles['coarsened']} avoided by fewer groups, " if shuffles.get("coarsened") else ""
+    fates = f"{shuffles['absorbed']} absorbed, {shuffles['cancelled']} cancelled, {coarsened}{len(kept)} kept"
     folded = [
         ("Layers", _learned(groups)),
         ("Shuffles", f"{shuffles['inserted']} inserted: {fates}"),

@@ -110,7 +110,7 @@ def test_sites_that_all_touch_each_other_are_tried_one_by_one(sites):
 
 
 def test_a_chain_of_two_conflicts_has_three_ways_out():
-    """Between two layers, one sorted by digit 0 and one by digit 1: shuffle, fewer groups, or dense, whichever costs."""
+    """Between two layers, one sorted by digit 0 and one by digit 1: shuffle, or run one of them dense."""
 
     def problem(shuffle: float, first: float, second: float) -> Problem:
         sizes = {0: 2, 1: 2}
@@ -137,7 +137,10 @@ def test_nested_demands_need_neither():
 # ---- the tree of flags -------------------------------------------------------------------------------------------
 
 
-@given(st.sets(st.sets(st.integers(0, 5), min_size=1).map(frozenset), max_size=6), st.sets(st.permutations(range(4)).map(tuple)))
+SETS = st.sets(st.sets(st.integers(0, 5), min_size=1).map(frozenset), max_size=6)
+
+
+@given(SETS, st.sets(st.permutations(range(4)).map(tuple)))
 @quick(100)
 def test_the_tree_is_in_preorder_and_has_every_path(demands, pins):
     pins = {tuple(pin) for pin in pins}
