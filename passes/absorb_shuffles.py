@@ -210,8 +210,9 @@ class _Absorption:
         for node in self.removed:
             shuffle = called_module(self.graph, node)
             assert isinstance(shuffle, ChannelShuffle)
-            (segment, *_) = self.channels.own[node]
-            took = self.followed[self.channels.space_of(segment).index]
+            sides = [*self.channels.trunk[node.all_input_nodes[0]], *self.channels.own[node]]
+            spaces = dict.fromkeys(self.channels.space_of(segment).index for segment in sides)
+            took = list(dict.fromkeys(name for space in spaces for name in self.followed[space]))
             fate: Literal["absorbed", "cancelled", "coarsened"] = "absorbed" if took else "cancelled"
             reason = ", ".join(took) or "it meets its own inverse"
             if shuffle.inserted_for in self.coarser:

@@ -38,7 +38,7 @@ Array = npt.NDArray[np.float64]
 MAX_FLAGS = 20_000
 """Flags of a component, at most; more are cut down."""
 
-MAX_WORK = 1_000_000_000
+MAX_WORK = 500_000_000
 """Entries of all tables of a component together, at most, which is a matter of seconds; more flags are cut down."""
 
 
