@@ -55,14 +55,14 @@ def _errors_are_messages(function: Callable[P, R]) -> Callable[P, R]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="foldgroup")
 def main() -> None:
-    r"""Turn networks that learned their channel groups into the grouped convolutions they really are.
+    """Turn networks that learned their channel groups into the grouped convolutions they really are.
 
     \b
     foldgroup compile checkpoint.pt          a verified ONNX model and TensorRT engine
     foldgroup verify checkpoint.pt BUNDLE    is it the trained network?
     foldgroup bench BUNDLE                   how fast is it?
     foldgroup run BUNDLE image.jpg           what does it see?
-    """
+    """  # noqa: D301  # click wants the character itself
     # So that a terminated run cleans up after itself as an interrupted one does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 

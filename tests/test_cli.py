@@ -26,6 +26,11 @@ def run(*arguments: object) -> Result:
     return result
 
 
+def test_help_keeps_its_lines() -> None:
+    text = CliRunner().invoke(main, ["--help"]).output
+    assert "\n  foldgroup bench BUNDLE                   how fast is it?\n" in text
+
+
 def test_help_lists_every_verb() -> None:
     text = run("--help").output
     for verb in ("inspect", "compile", "verify", "bench", "run", "explain", "bisect", "train"):
