@@ -545,13 +545,12 @@ class ChannelGraph:
         return bool(mounts) and all(mount.free(flags[mount.a], flags[mount.b]) for mount in mounts)
 
     def _lacked(self, segment: Segment) -> frozenset[int]:
-        """The digits of its space that are no function of this segment's channels, being narrower."""
+        """The digits of its space that are no function of this segment's channels, these being fewer or more."""
         space = self._space_of[segment.site]
-        if segment.width == space.width:
-            return frozenset()
         mine = ((name, fine) for (name, index), fine in self._functions.items() if index == space.index)
-        orders = {name for name, (index, order) in self._orders.items() if index == space.index}
-        orders |= {name for name, mounting in self.lying.items() if self.space_of(mounting.port) is space}
+        known = {name: len(order) for name, (index, order) in self._orders.items() if index == space.index}
+        known |= {name: m.port.width for name, m in self.lying.items() if self.space_of(m.port) is space}
+        orders = {name for name, width in known.items() if width != segment.width}
         return frozenset(name for name, fine in mine if self._coarse(segment, fine) is None) | orders
 
     def _values(self, segment: Segment) -> Iterator[tuple[int, Index]]:
@@ -600,7 +599,7 @@ class ChannelGraph:
             for name in ready or sorted(waiting.keys() & held):
                 mounting = waiting.pop(name)
                 space = self.space_of(mounting.port)
-                self._orders[name] = (space.index, np.arange(space.width))  # if they wait for each other
+                self._orders[name] = (space.index, np.arange(mounting.port.width))  # if they wait for each other
                 parts = (s.start + self.order(s, flags[s.site]) for s in mounting.segments)
                 lying = mounting.channel[np.concatenate(list(parts))]  # the port's channels, as they lie
                 self._orders[name] = (space.index, self._numbers[mounting.port.site][lying])

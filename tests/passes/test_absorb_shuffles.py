@@ -15,12 +15,13 @@ from graphs import (
     compiled_case,
     conv,
     conv_weights,
+    filled,
     learned,
     node_of,
     shuffles,
     untouched,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from foldgroup.certificate import certify
 from foldgroup.channel_order import ChannelOrder
@@ -308,3 +309,23 @@ def test_touches_nothing_it_is_given(name):
     graph = compiled_case(name).given_to(NAME)
     with untouched(graph):
         AbsorbShuffles().run(graph)
+
+
+def test_an_order_that_is_fixed_twice_in_one_space_that_is_flattened():
+    """A layer that is called twice fixes two orders; the flattened channels of their space cannot have either."""
+    layer = learned(8, 8, (1, 0, 0))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.shuffle, self.layer = conv(4, 8), nn.ChannelShuffle(2), layer
+            self.head = nn.Linear(128, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.shuffle(self.stem(x))
+            y = torch.cat(x.chunk(2, 1)[::-1], 1)
+            return self.head((self.layer(self.layer(y)) + x).flatten(1))
+
+    case = compiled(filled(Net()), (2, 4, 4, 4))
+    certificate = certify(case.training, case.folded)
+    assert certificate.holds, certificate.failure
