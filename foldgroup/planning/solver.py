@@ -11,8 +11,8 @@ Neither kind of function needs its L × L values for L flags. With F(a) the mini
 * a tie of cost s gives         min(F(b), s + min_a F(a)),
 * a link with cost c(node)      min over the ancestors t of b of c(t) + min_{a below t} F(a),
 
-because c does not rise from a node to its children. So one elimination takes O(L) for a neighbour and O(L²) for two.
-Where every site left has three neighbours or more, one of them is tried with each of its flags.
+because c does not rise from a node to its children. So one elimination takes O(L) for a neighbour and O(L²) for two,
+or O(L³) if both are behind tables. Where every site left has three neighbours or more, one of them is tried with each of its flags.
 
 Where even that is too large, the sites that would have to be tried are held at one flag each and improved in turn, and
 the flags are cut down to those that the links with most to gain ask for. The plan found is then an upper bound, and
@@ -38,9 +38,12 @@ Array = npt.NDArray[np.float64]
 MAX_FLAGS = 20_000
 """Flags of a component, at most; more are cut down."""
 
-MAX_WORK = 500_000_000
+MAX_WORK = 1_000_000_000
 """Entries of all tables of a component together, at most, which is a matter of seconds; more flags are cut down."""
 
+
+MAX_STEPS = 200_000
+"""Sites that are eliminated in all, at most, where some have to be tried with every flag."""
 
 ROUNDS = 6
 """How often a plan that cannot be found exactly is improved, at most."""
@@ -108,7 +111,7 @@ def _solve_component(problem: Problem, sites: list[int], max_flags: int, max_wor
     wanted = {*problem.wanted.values()}
     above = {mount.above for mount in problem.mounts if mount.deep}
     paths = {*problem.pins.values(), *(mount.above for mount in problem.mounts)}
-    tables, fixed = _tables(problem, sites)
+    tables, products, fixed = _tables(problem, sites)
     work = max(1, tables) * max(1, len(sites) // 100)
 
     def tree(kept: int, limit: int) -> FlagTree | None:
@@ -122,11 +125,14 @@ def _solve_component(problem: Problem, sites: list[int], max_flags: int, max_wor
             return None
 
     limit = max_flags if not tables + len(fixed) else int((max_work / work) ** (1 / (2 + len(fixed))))
-    every = tree(len(by_gain), min(limit, max_flags))
+    if fixed:  # an elimination of all sites for every choice of flags there
+        limit = min(limit, int(max(1, MAX_STEPS / len(sites)) ** (1 / len(fixed))))
+    largest = int((max_work / products) ** (1 / 3)) if products else max_flags
+    every = tree(len(by_gain), min(limit, largest, max_flags))
     if every is not None:
         flags, cost = _Elimination(problem, sites, every).run()
         return Solution(flags, cost, cost)
-    limit = max(min(int((max_work / work) ** 0.5), max_flags), 1 + sum(map(len, paths)))
+    limit = max(min(int((max_work / work) ** 0.5), largest, max_flags), 1 + sum(map(len, paths)))
     best, kept, too_many = tree(0, 1_000_000), 0, len(by_gain) + 1
     while too_many - kept > 1:  # the most links whose flags fit
         middle = (kept + too_many) // 2
@@ -137,25 +143,32 @@ def _solve_component(problem: Problem, sites: list[int], max_flags: int, max_wor
     return Solution(flags, cost, least)
 
 
-def _tables(problem: Problem, sites: list[int]) -> tuple[int, list[int]]:
-    """How many tables of two sites an elimination makes, and the sites that it has to fix to make no larger ones."""
+_TIE, _STRUCTURED, _TABULATED = range(3)
+"""What may be between two sites: nothing but a tie, one function that is no table, or anything else."""
+
+
+def _tables(problem: Problem, sites: list[int]) -> tuple[int, int, list[int]]:
+    """How many tables of two sites an elimination makes, how many of them from two others, and the sites to fix first.
+
+    These are fixed so that no table has more than two sites.
+    """
     root_of = _merged(problem, sites)
-    near: dict[int, dict[int, bool]] = {root: {} for root in root_of.values()}  # True: nothing but a tie
+    near: dict[int, dict[int, int]] = {root: {} for root in root_of.values()}
     free = dict.fromkeys(near, True)
 
-    def join(a: int, b: int, *, tie: bool) -> None:
-        near[a][b] = near[b][a] = tie and b not in near[a]
+    def join(a: int, b: int, kind: int) -> None:
+        near[a][b] = near[b][a] = _TABULATED if b in near[a] else kind
 
     joints: list[Tie | Mount | Link] = [*problem.ties, *problem.mounts, *problem.links]
     for joint in joints:
         a, b = root_of[joint.a], root_of[joint.b]
         if a != b:
-            join(a, b, tie=isinstance(joint, Tie))
+            join(a, b, _TIE if isinstance(joint, Tie) else _STRUCTURED)
         elif not isinstance(joint, Tie):
             free[a] = False
     for site in (*problem.pins, *problem.lacks, *problem.wanted):
         free[root_of[site]] = False
-    tables, fixed = 0, []
+    tables, products, fixed = 0, 0, []
     while near:
         site = min(near, key=lambda s: (len(near[s]), s))
         if len(near[site]) > 2:
@@ -170,10 +183,12 @@ def _tables(problem: Problem, sites: list[int]) -> tuple[int, list[int]]:
             del near[other][site]
             free[other] = free[other] and len(others) > 1
         if len(others) == 2:
-            light = free[site] and all(others.values())
+            light = free[site] and not any(others.values())
             tables += not light
-            join(*others, tie=light)
-    return tables, fixed
+            products += min(others.values()) == _TABULATED
+            a, b = others
+            join(a, b, _TIE if light else _TABULATED)
+    return tables, products, fixed
 
 
 class _Elimination:
