@@ -12,7 +12,8 @@ Neither kind of function needs its L × L values for L flags. With F(a) the mini
 * a link with cost c(node)      min over the ancestors t of b of c(t) + min_{a below t} F(a),
 
 because c does not rise from a node to its children. So one elimination takes O(L) for a neighbour and O(L²) for two,
-or O(L³) if both are behind tables. Where every site left has three neighbours or more, one of them is tried with each of its flags.
+or O(L³) if both are behind tables. Where every site left has three neighbours or more, one of them is tried with each
+of its flags.
 
 Where even that is too large, the sites that would have to be tried are held at one flag each and improved in turn, and
 the flags are cut down to those that the links with most to gain ask for. The plan found is then an upper bound, and
