@@ -34,44 +34,31 @@ numbers. Nothing here calls a pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from foldgroup import rules as ops
 from foldgroup.channel_order import ChannelOrder
 from foldgroup.errors import FoldgroupError
 from foldgroup.forms import (
-    CONVS,
-    TRANSPOSED_CONVS,
     ChannelSelect,
     ChannelShuffle,
     MaskedConv,
     MaskedConv1d,
     MaskedConv2d,
     MaskedConv3d,
-    settings,
 )
-from foldgroup.grouping import kronecker_mask
-from foldgroup.nn.dgconv import KINDS, DGConv
 from foldgroup.purity import impurity
 from foldgroup.reshaping import shuffle_at
 from foldgroup.rules import rules_of
 from foldgroup.trace import attach_shapes, called_module, fork, is_no_op, shape_of
+from foldgroup.weights import NORMS, Refuted, check_module, check_weights, equal_bits, require
 
-_CONV_SETTINGS = (
-    *("kernel_size", "stride", "padding", "dilation", "transposed", "output_padding", "padding_mode"),
-    "_reversed_padding_repeated_twice",
-)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _MASKED = (MaskedConv1d, MaskedConv2d, MaskedConv3d)
-_PLAIN = (bool, int, float, str, tuple, list, set, dict)
-"""Types whose values are the same setting if they are equal; others must be the same object."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +108,8 @@ class Certificate:
         return {name: getattr(self, name) for name in names} | ({} if self.holds else {"failure": self.failure})
 
 
-class _Refuted(Exception):
-    """A claim that does not follow."""
-
-
 _NOT_PROVEN = (
-    *(_Refuted, FoldgroupError, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError),
+    *(Refuted, FoldgroupError, ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError),
     *(TypeError, ValueError),
 )
 """What an untrusted graph may come to: a claim that does not follow, or something that cannot be read at all."""
@@ -151,7 +134,7 @@ def certify(training: fx.GraphModule, compiled: fx.GraphModule) -> Certificate:
             proof.grant(node)
         certificate.failure = "the graph has no output"
     except _NOT_PROVEN as refuted:
-        reason = str(refuted) if isinstance(refuted, _Refuted | FoldgroupError) else f"it cannot be read: {refuted!r}"
+        reason = str(refuted) if isinstance(refuted, Refuted | FoldgroupError) else f"it cannot be read: {refuted!r}"
         where = "the graph" if node is None else node.target if node.op == "call_module" else node.name
         certificate.failure = f"{where}: {reason}"
     return certificate
@@ -165,7 +148,7 @@ def _check_shapes(training: fx.GraphModule, compiled: fx.GraphModule) -> None:
     for node in again.graph.nodes:
         shape = noted.get(node.name)
         if node.op != "output" and (shape or ()) != shape_of(node):
-            raise _Refuted(f"{node.name}: its shape is noted as {shape} for {shape_of(node)}")
+            raise Refuted(f"{node.name}: its shape is noted as {shape} for {shape_of(node)}")
 
 
 @dataclass(frozen=True)
@@ -199,13 +182,13 @@ class _Proof:
                 shape_of(held.node)[axis] if axis is not None and shape_of(held.node) else 0,
             )
             free = node.op == "get_attr" and ours is None and torch.equal(held.index, torch.arange(size))
-            _require(ours == axis or free, f"its channels are dimension {ours}, not {axis}")
+            require(ours == axis or free, f"its channels are dimension {ours}, not {axis}")
             within = not shape_of(held.node) or bool(((held.index >= 0) & (held.index < size)).all())
-            _require(within, "it holds channels that are not there")
+            require(within, "it holds channels that are not there")
         noted, true = shape_of(node), list(shape_of(held.node))
         if axis is not None and held.index is not None and true:
             true[axis] = len(held.index)
-        _require(noted == tuple(true), f"its shape is noted as {noted} for {tuple(true)}")
+        require(noted == tuple(true), f"its shape is noted as {noted} for {tuple(true)}")
         self.held[node] = held
         claim = Claim(held.node.name, axis, held.index)
         self.certificate.claims[node.name] = claim
@@ -218,7 +201,7 @@ class _Proof:
         self._check_operands(node, output)
         for ours, theirs in self._operands(node, output):
             in_order = self._in_order(self._seen(ours, theirs), theirs)
-            _require(in_order, "the network's output is not in its original channel order")
+            require(in_order, "the network's output is not in its original channel order")
 
     # ---- what a node holds -----------------------------------------------------------------------------------
 
@@ -249,7 +232,7 @@ class _Proof:
         """The channels of the training operand ``theirs`` that our operand holds."""
         held = self.held[ours]
         base, moved = self._base(theirs)
-        _require(held.node is base, f"it reads {held.node.name} in place of {base.name}")
+        require(held.node is base, f"it reads {held.node.name} in place of {base.name}")
         return held.index if moved is None or held.index is None else torch.argsort(moved)[held.index]
 
     def _operands(self, node: fx.Node, source: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -269,32 +252,32 @@ class _Proof:
     def _check_operands(self, node: fx.Node, source: fx.Node) -> None:
         """``node`` does to its operands what ``source`` does to the training form's."""
         same_call = node.op == source.op and (node.op in ("call_module", "get_attr") or node.target == source.target)
-        _require(same_call, f"{node.op} {node.target} stands for {source.op} {source.target}")
+        require(same_call, f"{node.op} {node.target} stands for {source.op} {source.target}")
         ours = fx.map_arg((node.args, node.kwargs), lambda operand: self.held[operand].node)
         theirs = fx.map_arg((source.args, source.kwargs), lambda operand: self._base(operand)[0])
         same = ours == theirs and repr(ours) == repr(theirs)  # 1, 1.0 and True are equal but for their text
-        _require(same, f"it does not compute {source.name} from {source.args}")
+        require(same, f"it does not compute {source.name} from {source.args}")
 
     def _claim(self, node: fx.Node) -> _Held:
         module = called_module(self.compiled, node)
         rule = self.rules[node]
         if type(module) is ChannelSelect:
             (given,) = (self.held[operand] for operand in node.all_input_nodes)
-            _require(self.axes[given.node] == 1, "it selects along dimension 1, not the channels")
+            require(self.axes[given.node] == 1, "it selects along dimension 1, not the channels")
             index = _index_of(given)
-            _require(module.index.dtype in (torch.int32, torch.int64), "it selects by what are no numbers of channels")
+            require(module.index.dtype in (torch.int32, torch.int64), "it selects by what are no numbers of channels")
             inside = module.index.ndim == 1 and bool(((module.index >= 0) & (module.index < len(index))).all())
-            _require(inside, f"it selects channels that are not among {len(index)}")
+            require(inside, f"it selects channels that are not among {len(index)}")
             return _Held(given.node, index[module.index])
         if type(module) is ChannelShuffle:
             (given,) = (self.held[operand] for operand in node.all_input_nodes)
-            _require(module.dim == self.axes[given.node], f"it reorders dimension {module.dim}, not the channels")
+            require(module.dim == self.axes[given.node], f"it reorders dimension {module.dim}, not the channels")
             index, order = _index_of(given), _carried_out(module).index
-            _require(len(index) == len(order), f"it reorders {len(order)} channels of {len(index)}")
+            require(len(index) == len(order), f"it reorders {len(order)} channels of {len(index)}")
             return _Held(given.node, index[order])
         source = self.sources.get(node.meta.get("origin", ""))
         if source is None:
-            raise _Refuted("it stands for no node of the training form")
+            raise Refuted("it stands for no node of the training form")
         selected = self._selection(node, rule, source)
         if selected is not None:
             return selected
@@ -321,28 +304,28 @@ class _Proof:
         pairs = [(ours, operand, self._seen(ours, operand)) for ours, operand in self._operands(node, source)]
         seen = {ours: index for ours, _, index in pairs}
         alike = isinstance(rule, ops.Barrier) or type(rule) is type(theirs) or isinstance(theirs, ops.Takes)
-        _require(alike, f"it is no longer what {source.name} does to channels")
+        require(alike, f"it is no longer what {source.name} does to channels")
         if isinstance(rule, ops.Through) and isinstance(theirs, ops.Through):
             carried = [(ours, index) for ours, operand, index in pairs if operand in theirs.operands]
             first = carried[0][1]
             same = all(index is not None and first is not None and torch.equal(index, first) for _, index in carried)
-            _require(same, "its operands are in different channel orders")
-            _require({ours for ours, _ in carried} == set(rule.operands), "other operands carry its channels")
+            require(same, "its operands are in different channel orders")
+            require({ours for ours, _ in carried} == set(rule.operands), "other operands carry its channels")
             assert first is not None
             for _, operand, index in pairs:
                 aside = operand in theirs.operands or _broadcasts(operand, source, theirs.axis)
-                _require(aside or self._in_order(index, operand), "an operand is not in its original order")
+                require(aside or self._in_order(index, operand), "an operand is not in its original order")
             if rule.repeat > 1:
                 first = (first[:, None] * rule.repeat + torch.arange(rule.repeat)).reshape(-1)
             if rule.groups > 1:
                 self._check_whole(first, source)
                 runs = first.reshape(rule.groups, -1) // (len(first) // rule.groups)
-                _require(bool((runs == runs[:, :1]).all()), "it normalises over channels of different groups")
+                require(bool((runs == runs[:, :1]).all()), "it normalises over channels of different groups")
             elif _normalises(module, node):
                 self._check_whole(first, source)
-            _check_module(original, module, first if rule.carries else None)
+            check_module(original, module, first if rule.carries else None)
             return first
-        _check_module(original, module, None)
+        check_module(original, module, None)
         if isinstance(rule, ops.Joins):
             parts, at = [], 0
             assert isinstance(theirs, ops.Joins)
@@ -360,9 +343,9 @@ class _Proof:
             assert index is not None
             index = (index[rule.start : rule.stop] if isinstance(rule, ops.Takes) else index) - theirs.start
             inside = bool(((index >= 0) & (index < theirs.stop - theirs.start)).all())
-            _require(inside, "it takes channels that the training form does not")
+            require(inside, "it takes channels that the training form does not")
             return index
-        _require(not isinstance(rule, ops.Through | ops.Takes), "it takes what the training form does not")
+        require(not isinstance(rule, ops.Through | ops.Takes), "it takes what the training form does not")
         if isinstance(rule, ops.Constant):
             return self._constant(node, source)
         if isinstance(rule, ops.Reads):
@@ -371,7 +354,7 @@ class _Proof:
                     self._check_whole(index, operand)
             return None
         in_order = all(self._in_order(index, operand) for _, operand, index in pairs)
-        _require(in_order, "its operands are not in their original channel order")
+        require(in_order, "its operands are not in their original channel order")
         return self._whole(source)
 
     def _in_order(self, index: Tensor | None, node: fx.Node) -> bool:
@@ -391,7 +374,7 @@ class _Proof:
         if size is None:
             assert axis is not None
             size = shape_of(node)[axis]
-        _require(torch.equal(index.sort().values, torch.arange(size)), "it does not have all channels")
+        require(torch.equal(index.sort().values, torch.arange(size)), "it does not have all channels")
 
     def _constant(self, node: fx.Node, source: fx.Node) -> Tensor | None:
         tensor, original = _attribute(self.compiled, node), _attribute(self.training, source)
@@ -399,7 +382,7 @@ class _Proof:
         if axis is not None and "out_order" in node.meta:
             index = _numbers(node.meta["out_order"].source, original.shape[axis])
             original = original.index_select(axis, index)
-        _require(_equal(tensor, original), "its tensor differs from the training form's")
+        require(equal_bits(tensor, original), "its tensor differs from the training form's")
         return index
 
     # ---- layers with weights ---------------------------------------------------------------------------------
@@ -409,16 +392,16 @@ class _Proof:
         assert isinstance(module, _ConvNd | nn.Linear)
         norm = called_module(self.training, source)
         conv, moved = source, None
-        if type(norm) in _NORMS:
+        if type(norm) in NORMS:
             conv, moved = self._base(source.all_input_nodes[0])
         else:
             norm = None
         self._check_operands(node, conv)
         (ours, theirs), *sizes = self._operands(node, conv)
-        _require(all(isinstance(self.rules[size], ops.Reads) for size, _ in sizes), "it reads more than one tensor")
+        require(all(isinstance(self.rules[size], ops.Reads) for size, _ in sizes), "it reads more than one tensor")
         before = self._seen(ours, theirs)
         if before is None:
-            raise _Refuted(f"it reads {theirs.name}, which has no channels")
+            raise Refuted(f"it reads {theirs.name}, which has no channels")
         after = self._whole(source)
         assert after is not None
         if isinstance(rule, ops.Through) and not {"out_index", "out_order"} & node.meta.keys():
@@ -429,7 +412,7 @@ class _Proof:
             after = _numbers(node.meta["out_order"].source, shape_of(conv)[self.axes[conv] or 1])
         original = called_module(self.training, conv)
         of_norm = after if moved is None else torch.argsort(moved)[after]  # a shuffle of the network's own between them
-        _check_weights(module, original, norm, before, after, of_norm, self.certificate)
+        check_weights(module, original, norm, before, after, of_norm, self.certificate)
         return self._canonical(source, of_norm)
 
     def _reads_channels(self, node: fx.Node, module: MaskedConv) -> bool:
@@ -442,12 +425,8 @@ def _numbers(given: object, size: int) -> Tensor:
     """Channel numbers that a pass has noted."""
     numbers = given if isinstance(given, tuple) else ()
     fits = numbers and all(type(n) is int and 0 <= n < size for n in numbers)
-    _require(bool(fits), f"what is noted of its channels are no numbers below {size}")
+    require(bool(fits), f"what is noted of its channels are no numbers below {size}")
     return torch.tensor(numbers)
-
-
-def _in_order(index: Tensor) -> bool:
-    return torch.equal(index, torch.arange(len(index)))
 
 
 def _broadcasts(operand: fx.Node, node: fx.Node, axis: int) -> bool:
@@ -466,7 +445,7 @@ def _normalises(module: nn.Module | None, node: fx.Node) -> bool:
 
 def _index_of(held: _Held) -> Tensor:
     if held.index is None:
-        raise _Refuted(f"it reads {held.node.name}, which has no channels")
+        raise Refuted(f"it reads {held.node.name}, which has no channels")
     return held.index
 
 
@@ -477,167 +456,14 @@ def _carried_out(shuffle: ChannelShuffle) -> ChannelOrder:
     else:
         assert shuffle.index is not None
         order = ChannelOrder(tuple(shuffle.index.tolist()))
-    _require(order == shuffle.order, "it applies another order than it says")
+    require(order == shuffle.order, "it applies another order than it says")
     return order
-
-
-def _check_module(original: nn.Module | None, module: nn.Module | None, index: Tensor | None) -> None:
-    """``module`` is ``original`` with its per-channel tensors, if any, at ``index``."""
-    if module is original:
-        _require(index is None or _in_order(index), "its tensors do not follow its channel order")
-        return
-    _require(type(module) is type(original), f"a {type(module).__name__} for a {type(original).__name__}")
-    assert module is not None and original is not None
-    ours, theirs = settings(module), settings(original)
-    for name in ours.keys() | theirs.keys():
-        value, other = ours.get(name), theirs.get(name)
-        equal = type(value) is type(other) and isinstance(value, _PLAIN) and value == other
-        same = value is other or (equal and repr(value) == repr(other))  # 0.0 and −0.0 are equal but for their text
-        _require(same, f"{name} {value} for {other}")
-    sources = dict(_named_tensors(original))
-    for name, tensor in _named_tensors(module):
-        source = sources.pop(name, None)
-        if source is not None and index is not None and source.ndim:
-            source = source[index]
-        _require(source is not None and _equal(tensor, source), f"{name} is not the training form's, reordered")
-    _require(not sources, f"{', '.join(sources)} missing")
-
-
-def _check_weights(
-    module: _ConvNd | nn.Linear,
-    original: nn.Module | None,
-    norm: nn.Module | None,
-    before: Tensor,
-    after: Tensor,
-    of_norm: Tensor,
-    certificate: Certificate,
-) -> None:
-    """Entry for entry: weight[o, i] = (U ⊙ W)[after[o], before[i]], zero for what is left out."""
-    kinds = (*CONVS, *TRANSPOSED_CONVS, *KINDS.values(), nn.Linear)
-    _require(type(original) in kinds, f"it stands for a {type(original).__name__}")
-    assert isinstance(original, _ConvNd | nn.Linear)
-    for name in _CONV_SETTINGS:
-        value, other = getattr(module, name, None), getattr(original, name, None)
-        _require(value == other, f"{name} {value} for {other}")
-    weight, ours = original.weight.detach(), module.weight.detach()
-    groups = getattr(module, "groups", 1)
-    transposed = type(original) in TRANSPOSED_CONVS
-    if transposed:  # [C_in, C_out/G, …]
-        assert isinstance(original, _ConvNd)
-        weight, ours = _turned(weight, original.groups), _turned(ours, groups)
-    out_channels, width = ours.shape[:2]
-    fits = out_channels == len(after) and width * groups == len(before) and out_channels % groups == 0
-    _require(fits, f"weights of shape {list(module.weight.shape)} for {list(original.weight.shape)}")
-
-    mask = _training_mask(original, weight)
-    connected = None
-    whole = torch.equal(before.sort().values, torch.arange(weight.shape[1]))
-    if groups == 1 and mask is None and whole:
-        kept = weight if _in_order(after) and len(after) == len(weight) else weight[after]
-        kept = kept if _in_order(before) else kept[:, before]
-        ones = kept.shape[0] * kept.shape[1]
-    else:
-        # Which training inputs each of our outputs reads: a row of C_in/groups channel numbers for each of C_out.
-        reads = before.reshape(groups, width).repeat_interleave(out_channels // groups, dim=0)
-        rows = after[:, None].expand_as(reads)
-        mask = weight.flatten(2).ne(0).any(2) if mask is None and weight.ndim > 2 else mask
-        mask = weight.ne(0) if mask is None else mask  # nothing said so, but what is zero counts for nothing
-        outside = weight[~mask] if mask.shape == weight.shape[:2] else weight[:0]
-        _require(bool(outside.isfinite().all()), "its mask hides what is not finite: 0 · ∞ is no zero")
-        connected = mask[rows, reads] & _first(before.reshape(groups, width)).repeat_interleave(len(rows) // groups, 0)
-        ones = int(mask[after].sum())
-        _require(int(connected.sum()) == ones, "a weight that the mask keeps was pruned")
-        # A grouped training weight [C_out, C_in/groups] holds each row's own group only: channel numbers within it.
-        kept = weight[rows, reads % weight.shape[1]]
-    bias = None if original.bias is None else original.bias.detach()[after]
-    if norm is not None:
-        kept, bias = _folded(kept, bias, norm, of_norm)
-    if connected is not None:
-        _require(not bool(ours[~connected].any()), "a weight that the mask removes is not zero")
-        kept[~connected] = ours[~connected].to(kept.dtype)  # a zero of either sign: a batch norm may have turned it
-    _require(_equal(ours, kept), "a weight is not the one it came from")
-    same = module.bias is bias if module.bias is None or bias is None else _equal(module.bias.detach(), bias)
-    _require(same, "a bias is not the one it came from")
-    positions = kept[0, 0].numel()
-    certificate.layers += 1
-    certificate.weights_kept += ones * positions
-    certificate.weights_pruned += (out_channels * weight.shape[1] - ones) * positions
-
-
-def _turned(weight: Tensor, groups: int) -> Tensor:
-    """The kernel [C_in, C_out/G, …] of a transposed convolution as [C_out, C_in/G, …]."""
-    rows, width, *kernel = weight.shape
-    blocks = weight.reshape(groups, rows // groups, width, *kernel).transpose(1, 2)
-    return blocks.reshape(groups * width, rows // groups, *kernel)
-
-
-def _first(reads: Tensor) -> Tensor:
-    """Where each row of channel numbers has a number for the first time."""
-    earlier = torch.ones(reads.shape, dtype=torch.bool)
-    ranked, place = reads.sort(dim=1, stable=True)
-    again = ranked[:, 1:] == ranked[:, :-1]
-    return earlier.scatter(1, place[:, 1:], ~again)
-
-
-def _training_mask(original: _ConvNd | nn.Linear, weight: Tensor) -> Tensor | None:
-    """Which weights of the training layer count, [C_out, C_in], from the gates themselves (eq. 5–7); None for all."""
-    if isinstance(original, DGConv):
-        gates = iter(original.gate.detach().tolist())
-        bits = [int(next(gates) > 0) if a == b else 1 for a, b in original.factors]
-        return torch.from_numpy(kronecker_mask(original.factors, bits).T.copy())
-    if isinstance(original, _ConvNd) and original.groups > 1:
-        of_row = torch.arange(original.out_channels) // (original.out_channels // original.groups)
-        of_column = torch.arange(original.in_channels) // (original.in_channels // original.groups)
-        return of_row[:, None] == of_column
-    return None
-
-
-def _folded(weight: Tensor, bias: Tensor | None, norm: nn.Module, after: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer whose rows are ``after`` and the norm behind it as one, in float64."""
-    assert isinstance(norm, _NORMS)
-
-    def double(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().double()
-
-    def rows(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().double()[after]
-
-    _require(norm.running_mean is not None, "a batch norm without running statistics was folded")
-    folded = fuse_conv_bn_weights(
-        double(weight),  # type: ignore[arg-type]  # not None
-        double(bias),
-        rows(norm.running_mean),  # type: ignore[arg-type]  # not None, required above
-        rows(norm.running_var),  # type: ignore[arg-type]  # likewise
-        norm.eps,
-        rows(norm.weight),
-        rows(norm.bias),
-    )
-    return folded[0].detach(), folded[1].detach()
-
-
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for named in (module.named_parameters, module.named_buffers):
-        yield from ((name, tensor.detach()) for name, tensor in named(remove_duplicate=False))
-
-
-def _equal(tensor: Tensor, other: Tensor) -> bool:
-    """Bit for bit, so that 0 and −0 differ and a NaN is itself."""
-
-    def bits(values: Tensor) -> Tensor:
-        return values.contiguous().reshape(-1).view(torch.uint8)
-
-    return tensor.dtype == other.dtype and tensor.shape == other.shape and torch.equal(bits(tensor), bits(other))
 
 
 def _attribute(graph: fx.GraphModule, node: fx.Node) -> Tensor:
     value: Any = graph
     for part in str(node.target).split("."):
         value = getattr(value, part)
-    _require(isinstance(value, Tensor), "an attribute that is no tensor")
+    require(isinstance(value, Tensor), "an attribute that is no tensor")
     assert isinstance(value, Tensor)
     return value
-
-
-def _require(condition: bool, reason: str) -> None:
-    if not condition:
-        raise _Refuted(reason)

@@ -565,11 +565,6 @@ def item(call: Call) -> Rule:
     return Takes(call.first, start, stop, place)
 
 
-def softmax(call: Call) -> Rule:
-    """Over any dimension: over the channels it treats them alike."""
-    return of_first(call)
-
-
 def shape_only(call: Call) -> Rule:
     """What is asked for does not depend on the values."""
     return Reads()
@@ -612,7 +607,7 @@ MODULE_RULES: dict[type[nn.Module], RuleOf] = {
     **dict.fromkeys((nn.CircularPad1d,), spatial(1)),
     **dict.fromkeys((nn.CircularPad2d,), spatial(2)),
     **dict.fromkeys((nn.CircularPad3d,), spatial(3)),
-    **dict.fromkeys((nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d), softmax),
+    **dict.fromkeys((nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d), of_first),
     **dict.fromkeys((nn.Flatten, nn.Unflatten), reshape),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *_INSTANCE_NORMS), per_channel),
     **dict.fromkeys(_CONVS, convolution),
@@ -658,8 +653,8 @@ def _functions() -> dict[object, RuleOf]:
             rules[getattr(functional, pool)] = spatial(n)
     rules[functional.interpolate] = over_positions
     rules[functional.pad] = padding
-    rules |= dict.fromkeys((functional.softmax, functional.log_softmax, torch.softmax, torch.log_softmax), softmax)
-    rules |= dict.fromkeys(("softmax", "log_softmax"), softmax)
+    rules |= dict.fromkeys((functional.softmax, functional.log_softmax, torch.softmax, torch.log_softmax), of_first)
+    rules |= dict.fromkeys(("softmax", "log_softmax"), of_first)
     rules[functional.layer_norm] = layer_norm
     for name in ("flatten", "reshape", "squeeze", "unsqueeze", "unflatten"):
         rules |= dict.fromkeys((getattr(torch, name), name), reshape)

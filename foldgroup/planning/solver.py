@@ -29,12 +29,10 @@ from math import inf
 
 import networkx as nx
 import numpy as np
-import numpy.typing as npt
 
 from foldgroup.planning.flags import FlagTree, TooManyFlags, flag_tree
+from foldgroup.planning.functions import Array, Function, LinkFunction, MountFunction, Table, TieFunction
 from foldgroup.planning.problem import Flag, Link, Mount, Problem, Tie
-
-Array = npt.NDArray[np.float64]
 
 MAX_FLAGS = 20_000
 """Flags of a component, at most; more are cut down."""
@@ -69,7 +67,7 @@ class Solution:
 
 _Unary = dict[int, Array]
 """For every site what each of its flags costs by itself."""
-_Pairs = defaultdict[tuple[int, int], list["_Function"]]
+_Pairs = defaultdict[tuple[int, int], list["Function"]]
 """For every two sites, the lesser first, the functions between them."""
 
 
@@ -206,11 +204,11 @@ class _Elimination:
         self._restrict(sites)
         for tie in problem.ties:
             if tie.cost < inf:
-                self._add(self.root_of[tie.a], self.root_of[tie.b], _TieFunction(tie, len(tree)))
+                self._add(self.root_of[tie.a], self.root_of[tie.b], TieFunction(tie, len(tree)))
         for mount in problem.mounts:
-            self._add(self.root_of[mount.a], self.root_of[mount.b], _MountFunction(mount, tree))
+            self._add(self.root_of[mount.a], self.root_of[mount.b], MountFunction(mount, tree))
         for link in problem.links:
-            self._add(self.root_of[link.a], self.root_of[link.b], _LinkFunction(problem, link, tree))
+            self._add(self.root_of[link.a], self.root_of[link.b], LinkFunction(problem, link, tree))
 
     def _restrict(self, sites: list[int]) -> None:
         """Forbid the flags that a site cannot have."""
@@ -227,7 +225,7 @@ class _Elimination:
                     if lacked & set(flag) or (wanted and wanted not in prefixes):
                         unary[node] = inf
 
-    def _add(self, a: int, b: int, function: _Function) -> None:
+    def _add(self, a: int, b: int, function: Function) -> None:
         if a == b:
             self.unary[a] += function.diagonal()
         else:
@@ -286,7 +284,7 @@ class _Elimination:
         for a, b in pairs:
             near[a].add(b)
             near[b].add(a)
-        order: list[tuple[int, list[tuple[int, list[_Function]]], Array]] = []
+        order: list[tuple[int, list[tuple[int, list[Function]]], Array]] = []
         chosen: dict[int, int] = {}
         cost = 0.0
         while unary:
@@ -317,7 +315,7 @@ class _Elimination:
         return best
 
     def _eliminate(
-        self, own: Array, functions: list[tuple[int, list[_Function]]], unary: _Unary, pairs: _Pairs
+        self, own: Array, functions: list[tuple[int, list[Function]]], unary: _Unary, pairs: _Pairs
     ) -> float:
         """Replace a site by a function of its neighbours; the constant that it leaves if it has none."""
         if not functions:
@@ -333,10 +331,10 @@ class _Elimination:
         if not own.any() and len(at_a) == len(at_b) == 1 and _both_ties(at_a[0], at_b[0]):
             _add(pairs, a, b, min(at_a[0], at_b[0], key=lambda f: f.tie.cost))  # type: ignore[attr-defined]
             return 0.0
-        if len(at_b) > 1 or isinstance(at_b[0], _Table):
+        if len(at_b) > 1 or isinstance(at_b[0], Table):
             (a, at_a), (b, at_b) = (b, at_b), (a, at_a)
-        towards = at_b[0].turned() if len(at_b) == 1 else _Table(_total(at_b, self.flags).T)
-        _add(pairs, a, b, _Table(towards.push(_total(at_a, self.flags) + own)))
+        towards = at_b[0].turned() if len(at_b) == 1 else Table(_total(at_b, self.flags).T)
+        _add(pairs, a, b, Table(towards.push(_total(at_a, self.flags) + own)))
         return 0.0
 
 
@@ -353,11 +351,11 @@ def _without(site: int, flag: int, unary: _Unary, pairs: _Pairs) -> tuple[_Unary
     return left, remaining, float(unary[site][flag])
 
 
-def _add(pairs: _Pairs, a: int, b: int, function: _Function) -> None:
+def _add(pairs: _Pairs, a: int, b: int, function: Function) -> None:
     pairs[min(a, b), max(a, b)].append(function if a < b else function.turned())
 
 
-def _taken(pairs: _Pairs, other: int, site: int) -> list[_Function]:
+def _taken(pairs: _Pairs, other: int, site: int) -> list[Function]:
     functions = pairs.pop((min(other, site), max(other, site)))
     return functions if other < site else [function.turned() for function in functions]
 
@@ -370,180 +368,12 @@ def _merged(problem: Problem, sites: list[int]) -> dict[int, int]:
     return {site: min(group) for group in nx.connected_components(same) for site in group}
 
 
-def _both_ties(a: _Function, b: _Function) -> bool:
-    return isinstance(a, _TieFunction) and isinstance(b, _TieFunction)
+def _both_ties(a: Function, b: Function) -> bool:
+    return isinstance(a, TieFunction) and isinstance(b, TieFunction)
 
 
-def _total(functions: list[_Function], flags: int) -> Array:
+def _total(functions: list[Function], flags: int) -> Array:
     return sum((function.table(flags) for function in functions[1:]), start=functions[0].table(flags))
-
-
-class _Function:
-    """A function f(a, b) of two flags."""
-
-    def table(self, flags: int) -> Array:
-        """All values, [a, b]."""
-        raise NotImplementedError
-
-    def turned(self) -> _Function:
-        """The same with a and b exchanged; most are symmetric."""
-        return self
-
-    def diagonal(self) -> Array:
-        """f(a, a) for all a."""
-        raise NotImplementedError
-
-    def row(self, a: int) -> Array:
-        """f(a, b) for all b."""
-        raise NotImplementedError
-
-    def push(self, given: Array) -> Array:
-        """Min over a of given[x, a] + f(a, b), [x, b]."""
-        raise NotImplementedError
-
-
-class _TieFunction(_Function):
-    """0 for equal flags, else the tie's cost."""
-
-    def __init__(self, tie: Tie, flags: int) -> None:
-        self.tie = tie
-        self.flags = flags
-
-    def table(self, flags: int) -> Array:
-        return np.where(np.eye(flags, dtype=bool), 0.0, self.tie.cost)
-
-    def diagonal(self) -> Array:
-        return np.zeros(self.flags)
-
-    def row(self, a: int) -> Array:
-        values = np.full(self.flags, self.tie.cost)
-        values[a] = 0
-        return values
-
-    def push(self, given: Array) -> Array:
-        result: Array = np.minimum(given, given.min(axis=1, keepdims=True) + self.tie.cost)
-        return result
-
-
-class _MountFunction(_Function):
-    """0 where the site's flag says no more than the segment's, else the mount's cost; [segment, site], or turned."""
-
-    def __init__(self, mount: Mount, tree: FlagTree, *, upward: bool = False) -> None:
-        self.mount = mount
-        self.tree = tree
-        self.upward = upward
-        places = {flag: node for node, flag in enumerate(tree.flags)}
-        top = mount.above
-        shortest = len(top) if mount.strict else 0
-        self.always = [i for i, flag in enumerate(tree.flags) if top[: len(flag)] == flag and len(flag) >= shortest]
-        """The site's flags that serve any segment, and below: for a segment's node the site's flag that it serves."""
-        served = ((node, places.get(top + flag)) for node, flag in enumerate(tree.flags) if flag)
-        self.serves = {node: site for node, site in served if mount.deep and site is not None}
-
-    def turned(self) -> _MountFunction:
-        return _MountFunction(self.mount, self.tree, upward=not self.upward)
-
-    def table(self, flags: int) -> Array:
-        values = np.full((flags, flags), self.mount.cost)  # [segment, site]
-        values[:, self.always] = 0
-        for node, site in self.serves.items():
-            values[node : self.tree.end[node], site] = 0
-        return values.T if self.upward else values
-
-    def diagonal(self) -> Array:
-        return self.table(len(self.tree)).diagonal().copy()
-
-    def row(self, a: int) -> Array:
-        values: Array = self.table(len(self.tree))[a]
-        return values
-
-    def push(self, given: Array) -> Array:
-        least = given.min(axis=1)
-        if not self.upward:
-            below = _least_below(self.tree, given)
-            result = np.tile((least + self.mount.cost)[:, None], (1, given.shape[1]))
-            for node, site in self.serves.items():
-                result[:, site] = np.minimum(result[:, site], below[node])
-            result[:, self.always] = least[:, None]
-            return result
-        free = np.minimum(given[:, self.always].min(axis=1), least + self.mount.cost)
-        best = np.tile(free, (given.shape[1], 1))  # [segment, x]
-        for node in range(1, len(self.tree)):
-            np.minimum(best[node], best[self.tree.parent[node]], out=best[node])
-            if node in self.serves:
-                np.minimum(best[node], given[:, self.serves[node]], out=best[node])
-        return best.T
-
-
-def _least_below(tree: FlagTree, given: Array) -> Array:
-    """The least value of every node's subtree, [node, x], of values [x, node]."""
-    below = given.T.copy()
-    for node in range(len(tree) - 1, 0, -1):
-        parent = tree.parent[node]
-        np.minimum(below[parent], below[node], out=below[parent])
-    return below
-
-
-class _LinkFunction(_Function):
-    """The cost at the deepest node that two flags share."""
-
-    def __init__(self, problem: Problem, link: Link, tree: FlagTree) -> None:
-        self.tree = tree
-        self.costs = np.empty(len(tree))
-        for node, flag in enumerate(tree.flags):
-            inside = link.digits.issuperset(flag)
-            self.costs[node] = link.costs[problem.groups(frozenset(flag))] if inside else self.costs[tree.parent[node]]
-
-    def table(self, flags: int) -> Array:
-        values = np.full((flags, flags), self.costs[0])
-        for node in range(1, len(self.tree)):
-            below = slice(node, self.tree.end[node])
-            if self.costs[node] != self.costs[self.tree.parent[node]]:
-                values[below, below] = self.costs[node]
-        return values
-
-    def diagonal(self) -> Array:
-        return self.costs
-
-    def row(self, a: int) -> Array:
-        values = np.full(len(self.tree), self.costs[0])
-        path = []
-        while a != 0:
-            path.append(a)
-            a = int(self.tree.parent[a])
-        for node in reversed(path):
-            values[node : self.tree.end[node]] = self.costs[node]
-        return values
-
-    def push(self, given: Array) -> Array:
-        best = _least_below(self.tree, given) + self.costs[:, None]
-        for node in range(1, len(self.tree)):
-            np.minimum(best[node], best[self.tree.parent[node]], out=best[node])
-        return best.T
-
-
-class _Table(_Function):
-    """Values [a, b] as they are."""
-
-    def __init__(self, values: Array) -> None:
-        self.values = values
-
-    def table(self, flags: int) -> Array:
-        return self.values
-
-    def turned(self) -> _Function:
-        return _Table(self.values.T)
-
-    def diagonal(self) -> Array:
-        return self.values.diagonal().copy()
-
-    def row(self, a: int) -> Array:
-        row: Array = self.values[a]
-        return row
-
-    def push(self, given: Array) -> Array:
-        result: Array = np.stack([(row[:, None] + self.values).min(axis=0) for row in given])
-        return result
 
 
 def without_shuffles(problem: Problem) -> Solution:
