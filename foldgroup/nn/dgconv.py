@@ -148,11 +148,6 @@ class DGConv2d(DGConv, nn.Conv2d):
     :class:`DGConv`.
     """
 
-    @classmethod
-    def from_conv2d(cls, conv: nn.Conv2d) -> Self:
-        """:meth:`DGConv.from_conv`."""
-        return cls.from_conv(conv)
-
 
 class DGConv3d(DGConv, nn.Conv3d):
     """A :class:`torch.nn.Conv3d` that learns its groups: [N, C_in, D, H, W], kernel [C_out, C_in, kD, kH, kW]; see

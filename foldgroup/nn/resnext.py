@@ -81,7 +81,7 @@ class GroupableResNet(ResNet):  # type: ignore[misc]  # torchvision is untyped
         self.base_width = 64 * (config.width + 0.5) / planes
         stage: nn.Module = self._make_layer(Bottleneck, planes, config.blocks, stride)
         for block in stage.children():
-            block.conv2 = DGConv2d.from_conv2d(block.conv2)  # type: ignore[arg-type]  # a Conv2d, by Bottleneck
+            block.conv2 = DGConv2d.from_conv(block.conv2)  # type: ignore[arg-type]  # a Conv2d, by Bottleneck
         return stage
 
 

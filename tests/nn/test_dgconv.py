@@ -427,4 +427,4 @@ def test_from_conv_of_a_subclass_makes_that_subclass():
         pass
 
     assert type(Named.from_conv(nn.Conv2d(4, 4, 1))) is Named
-    assert type(DGConv2d.from_conv2d(nn.Conv2d(4, 4, 1))) is DGConv2d
+    assert type(DGConv2d.from_conv(nn.Conv2d(4, 4, 1))) is DGConv2d
