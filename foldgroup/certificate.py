@@ -368,10 +368,12 @@ class _Proof:
         return isinstance(split, ops.Splits) and torch.equal(index, torch.arange(sum(split.sizes)))
 
     def _check_whole(self, index: Tensor | None, node: fx.Node) -> None:
-        axis = self.axes[node]
+        """The index lists every channel of a training node, or of what it is the parts of, once."""
+        rule, axis = self.training_rules[node], self.axes[node]
         assert index is not None
-        size = sum(rule.sizes) if isinstance(rule := self.training_rules[node], ops.Splits) else None
-        if size is None:
+        if isinstance(rule, ops.Splits):
+            size = sum(rule.sizes)
+        else:
             assert axis is not None
             size = shape_of(node)[axis]
         require(torch.equal(index.sort().values, torch.arange(size)), "it does not have all channels")

@@ -590,13 +590,12 @@ class ChannelGraph:
         """Find the orders of the axes that lie as their segments do, now that all have flags."""
         waiting = {name: m for name, m in self.lying.items() if flags[m.port.site] == (name,)}
         while waiting:
-            held = {name for segment_flags in flags for name in segment_flags}
             ready = [
                 name
                 for name, m in waiting.items()
                 if not any(waiting.keys() & set(flags[segment.site]) for segment in m.segments)
             ]
-            for name in ready or sorted(waiting.keys() & held):
+            for name in ready or list(waiting):
                 mounting = waiting.pop(name)
                 space = self.space_of(mounting.port)
                 self._orders[name] = (space.index, np.arange(mounting.port.width))  # if they wait for each other
