@@ -4,7 +4,7 @@ Given, with one group and a weight W [C_out, C_in, …] that is zero between cha
 
     %y = Conv(%x)
 
-Result, whichever costs least by :func:`foldgroup.masks.cheapest_form`: if the components pack into G equal groups,
+Result, whichever costs least by :func:`foldgroup.mask_forms.cheapest_form`: if the components pack into G equal groups,
 which fold_groups then folds::
 
     %y = MaskedConv(%x)               the same weight, grouping of G groups
@@ -50,7 +50,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from foldgroup.channel_order import ChannelOrder
 from foldgroup.forms import CONVS, ChannelSelect, ChannelShuffle, MaskedConv, conv_like
-from foldgroup.masks import Cost, Form, Geometry, Part, cheapest_form, components
+from foldgroup.mask_forms import Cost, Form, Geometry, Part, cheapest_form
+from foldgroup.masks import components
 from foldgroup.pipeline import Note, Pass, PassResult, Stage
 from foldgroup.planning.cost import CostModel
 from foldgroup.trace import fork, shape_of

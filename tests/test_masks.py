@@ -13,18 +13,8 @@ from strategies import factored_bits, quick
 
 from foldgroup.errors import GroupingError
 from foldgroup.grouping import Grouping, kronecker_mask
-from foldgroup.masks import (
-    LANES,
-    MAX_PARTS,
-    Block,
-    Components,
-    Geometry,
-    cheapest_form,
-    components,
-    equal_groups,
-    forms,
-    read_sets,
-)
+from foldgroup.mask_forms import LANES, MAX_PARTS, Geometry, cheapest_form, forms
+from foldgroup.masks import Block, Components, components, equal_groups, read_sets
 from foldgroup.planning.cost import CostModel
 
 LARGE = Geometry(kernel=9, in_positions=196, out_positions=196)

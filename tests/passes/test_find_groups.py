@@ -16,7 +16,8 @@ from torch import fx, nn
 from foldgroup.certificate import certify
 from foldgroup.equivalence import seeded_inputs
 from foldgroup.forms import ChannelSelect, MaskedConv
-from foldgroup.masks import Geometry, Part, components, forms
+from foldgroup.mask_forms import Geometry, Part, forms
+from foldgroup.masks import components
 from foldgroup.pipeline import Pipeline, dump
 from foldgroup.trace import called_module, evaluate, shape_of, trace
 from passes.decode_gates import DecodeGates
@@ -43,7 +44,7 @@ class Macs(Free):
 def any_width():
     """Networks are small here: narrow groups cost what they compute."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("foldgroup.masks.LANES", 1)
+        patch.setattr("foldgroup.mask_forms.LANES", 1)
         yield
 
 
