@@ -64,7 +64,8 @@ def check(seen: Array, image: Image.Image, preprocessing: Preprocessing) -> None
     off = levels_off(seen, image, preprocessing)
     assert off.max() < 2.01
     # Pillow 13 resizes tall images the other way round, which rounds otherwise.
-    assert (off > 0.01).mean() < (0.4 if image.height > 1.5 * image.width else 0.1)
+    share = 0.4 if image.height > 1.5 * image.width else 0.1
+    assert np.count_nonzero(off > 0.01) < share * off.size + 3  # one pixel of a tiny crop is no share
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (640, 427), (224, 224), (300, 256), (97, 71)])
