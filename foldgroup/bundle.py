@@ -6,6 +6,7 @@ file                  holds                                                  has
 manifest.json         what was built, from what; no times, no machine        –
 model.onnx            the folded network, in the first precision asked for   manifest.json
 model.int8.onnx, …    the same in the others                                 manifest.json
+model.openvino.…      the same with groups packed otherwise for a target     manifest.json
 model.image.onnx      model.onnx with preprocessing in front, on request     manifest.json
 passes.json           what each pass did and why it left what it left        manifest.json
 preprocessing.json    how an image becomes the input; class names            manifest.json
@@ -87,9 +88,27 @@ class Bundle:
 
     @property
     def models(self) -> Mapping[str, Mapping[str, Any]]:
-        """The ONNX files by precision: ``file``, and what was done to get there."""
+        """The ONNX files: ``file``, and what was done to get there.
+
+        Keys are precisions, and ``<target> <precision>`` for a target that runs the network in another form.
+        """
         models: Mapping[str, Mapping[str, Any]] = self._entry("models")
         return models
+
+    def model(self, variant: Variant) -> Mapping[str, Any]:
+        """The entry of :attr:`models` that ``variant`` runs, or that its engine was built from if that is kept.
+
+        Raises:
+            BundleError: if there is none in its precision.
+        """
+        found = self.models.get(str(variant)) or self.models.get(variant.precision)
+        if found is None:
+            precisions = list(dict.fromkeys(precision_of(key) for key in self.models))
+            raise BundleError(
+                f"{self.path}: has no {variant.precision} model, only {', '.join(precisions)}; compile again "
+                f"with --precision {','.join([*precisions, variant.precision])}"
+            )
+        return found
 
     def _entry(self, key: str) -> Any:
         if key not in self.manifest:
@@ -104,12 +123,7 @@ class Bundle:
             EquivalenceError: if the file is not the one that was built.
         """
         if variant.target.takes == "onnx":
-            if variant.precision not in self.models:
-                raise BundleError(
-                    f"{self.path}: has no {variant.precision} model, only {', '.join(self.models)}; compile again "
-                    f"with --precision {','.join([*self.models, variant.precision])}"
-                )
-            return self.checked(self.models[variant.precision]["file"], self.manifest["files"])
+            return self.checked(self.model(variant)["file"], self.manifest["files"])
         entry = self.engine(variant)
         return self.checked(entry["file"], {entry["file"]: entry})
 
@@ -200,6 +214,11 @@ class Bundle:
         for name in sorted(recorded):
             self.checked(name, recorded)
         return len(recorded)
+
+
+def precision_of(key: str) -> str:
+    """The precision of a model by its key in the manifest."""
+    return key.rpartition(" ")[2]
 
 
 def classes_of(manifest: Mapping[str, Any]) -> int | None:

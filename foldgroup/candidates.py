@@ -48,7 +48,7 @@ def folded_form(bundle: Bundle, variant: Variant, name: str) -> Candidate:
     Raises:
         BundleError, EquivalenceError: if the bundle has no such file, or it is not the one recorded.
     """
-    model = bundle.models[variant.precision]
+    model = bundle.model(variant)
     params = bundle.manifest["params"]["folded"]
     return Candidate(
         name, "folded form", variant, bundle.content(variant), model["macs"], model["learned_macs"], params
@@ -58,14 +58,19 @@ def folded_form(bundle: Bundle, variant: Variant, name: str) -> Candidate:
 def training_form(bundle: Bundle, variant: Variant) -> Candidate | None:
     """The same function with every learned layer a dense kernel full of zeros; None where there is no way to run it.
 
-    It is made from the ONNX file, so a target that takes none has no training form.
+    It is made from the ONNX file, so a target that takes none has no training form; nor has a network with a layer that
+    was split.
     """
     if variant.target.takes == "engine" and not variant.target.name.startswith("tensorrt"):
         return None
     manifest = bundle.manifest
     learned = manifest["layers"]
-    model = bundle.checked(bundle.models[variant.precision]["file"], manifest["files"])
-    dense = densify(model, {layer["name"] for layer in learned})
+    model = bundle.model(variant)
+    model = model if "file" in model else bundle.models[variant.precision]  # an engine's own is not kept
+    names = {layer["name"] for layer in learned}
+    if names & set(model.get("split", ())):
+        return None
+    dense = densify(bundle.checked(model["file"], manifest["files"]), names)
     return Candidate(
         TRAINING,
         "training form",

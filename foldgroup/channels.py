@@ -36,9 +36,10 @@ from torch import fx, nn
 
 from foldgroup import rules as ops
 from foldgroup.channel_order import ChannelOrder
+from foldgroup.conv_shape import conv_shape
 from foldgroup.forms import ChannelShuffle
 from foldgroup.grouping import prime_factors
-from foldgroup.planning.cost import BYTES, CostModel
+from foldgroup.planning.cost import BYTES, Cost, CostModel
 from foldgroup.planning.problem import Flag, Link, Mount, Problem, Tie
 from foldgroup.rules import rules_of
 from foldgroup.trace import called_module, shape_of
@@ -139,7 +140,7 @@ class ChannelGraph:
     """The channel axes of a graph, how they are tied, and the planner's question about them."""
 
     graph: fx.GraphModule
-    cost: CostModel = field(default_factory=CostModel)
+    cost: Cost = field(default_factory=CostModel)
 
     def __post_init__(self) -> None:
         """Cut, tie, number and name."""
@@ -482,14 +483,8 @@ class ChannelGraph:
         """What a convolution costs by the groups it runs; never more for more groups, which can be packed."""
         conv = called_module(self.graph, node)
         assert isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        dense = conv.weight.numel() * conv.groups
-        positions = prod(shape_of(node)[2:])
-        moved = prod(shape_of(node)[1:]) + prod(shape_of(node.all_input_nodes[0])[1:])
-        return {
-            count: self.cost.conv(dense * positions / count, BYTES * (moved + dense / count))
-            for count in range(1, groups + 1)
-            if groups % count == 0
-        }
+        shape = conv_shape(node, conv)
+        return {count: self.cost.layer(shape.run_as(count)) for count in range(1, groups + 1) if groups % count == 0}
 
     def space_of(self, segment: Segment) -> Space:
         """The space that a segment belongs to."""

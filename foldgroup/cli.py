@@ -29,6 +29,7 @@ from foldgroup.options import (
     precision_options,
     reading_options,
     run_on_option,
+    tuning_options,
 )
 
 P = ParamSpec("P")
@@ -91,6 +92,7 @@ def inspect(path: Path, as_json: bool, **reading: Any) -> None:
 @input_options
 @engine_options
 @precision_options
+@tuning_options
 @handover_options
 @click.option("--dump-passes", type=ExistingPath, help="Write the graph after every pass to this folder, as text.")
 @click.option("--check-passes", is_flag=True, help="Prove and run the graph after every pass.")
@@ -106,6 +108,7 @@ def compile(
     workspace: int | None,
     compatibility: str | None,
     timing_cache: Path | None,
+    no_packing: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -129,6 +132,7 @@ def compile(
             gpu=gpu,
             engine=not no_engine,
             precision=precision,
+            packing=not no_packing,
             engine_settings=settings,
             on_step=step,
             **options,
@@ -269,6 +273,41 @@ def bisect(checkpoint: Path, **reading: Any) -> None:
         click.echo("Every pass keeps the network equal to the trained one.")
         return
     raise EquivalenceError(f"the first pass whose result differs is {guilty.name}: {guilty.error}")
+
+
+@main.command()
+@click.option("--show", is_flag=True, help="List what was measured: for each layer the fastest form, and the others.")
+@click.option("--export", type=ExistingPath, help="Write all times to this file, as JSON; - for standard output.")
+@click.option("--merge", type=ExistingPath, multiple=True, help="Take over another database, or an exported file.")
+@click.option(
+    "--tune-db",
+    "database",
+    type=ExistingPath,
+    help="The database.  [default: in the user's cache, or $FOLDGROUP_TUNING_DB]",
+)
+@_errors_are_messages
+def tune(show: bool, export: Path | None, merge: tuple[Path, ...], database: Path | None) -> None:
+    """Look into the times that 'foldgroup compile --tune' has measured, or move them between machines."""
+    from foldgroup.report.tuning import tuning_table
+    from foldgroup.tuning.database import Database, default_path
+
+    if not (show or export or merge):
+        raise click.UsageError("say what to do: --show, --export FILE or --merge FILE")
+    opened = Database(database or default_path())
+    for other in merge:
+        taken = opened.merge(other)
+        click.echo(f"{other}: {taken} layers new or measured longer", err=True)
+    if export is not None:
+        document = json.dumps(opened.export(), indent=1, sort_keys=True) + "\n"
+        if str(export) == "-":
+            click.echo(document, nl=False)
+        else:
+            try:
+                export.write_text(document, encoding="utf-8")
+            except OSError as error:
+                raise click.UsageError(f"{export}: cannot be written ({error.strerror})") from error
+    if show:
+        _show(tuning_table(opened))
 
 
 @main.command()

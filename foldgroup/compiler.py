@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from foldgroup import bundle as files
-from foldgroup.bundle import Bundle, check_target, classes_of, file_entry, to_json, write_bundle
+from foldgroup.bundle import Bundle, check_target, classes_of, file_entry, precision_of, to_json, write_bundle
 from foldgroup.checkpoint import Checkpoint, Preprocessing, load_network
 from foldgroup.emit import tensorrt
 from foldgroup.emit.engine import Engine
@@ -20,18 +21,19 @@ from foldgroup.emit.preprocess import with_preprocessing
 from foldgroup.emit.quantize import Calibration
 from foldgroup.engines import EngineSettings, build, entry
 from foldgroup.equivalence import TierResult, first_layer_over
-from foldgroup.errors import BundleError, CheckpointError, EquivalenceError, TargetError, TraceError
+from foldgroup.errors import BundleError, CheckpointError, EquivalenceError, TargetError, TraceError, TuningError
 from foldgroup.folding import check_float64, fold, input_shape_of, shape_like
 from foldgroup.golden import Golden
 from foldgroup.handover import TRITON, Repository, served_name, triton
 from foldgroup.images import unlabelled
-from foldgroup.lowering import AUTO, CalibrationData, Lowered, form_for, lower
+from foldgroup.lowering import AUTO, CalibrationData, Form, Lowered, lower
 from foldgroup.manifest import manifest_of
 from foldgroup.measure import machine
 from foldgroup.own_model import ModelSource
 from foldgroup.pipeline import PassRecord, Pipeline
 from foldgroup.targets import Variant, choose, missing
 from foldgroup.tiers import Tiers, layer_errors, rounded_tier, run_tiers, stand_in
+from foldgroup.tuned import Costs, NetworkTuner, Tuned, TuningOptions, plans_of
 
 CALIBRATION_IMAGES = 256
 """Images that int8 is calibrated on, unless told otherwise."""
@@ -62,6 +64,11 @@ def compile(
     engine_settings: EngineSettings = EngineSettings(),  # noqa: B008  # frozen
     emit: Sequence[str] = (),
     bake_preprocessing: bool = False,
+    packing: bool = True,
+    tune: bool = False,
+    tune_budget: float = 60.0,
+    threads: int | None = 1,
+    tuning_db: str | Path | None = None,
     pipeline: Pipeline | None = None,
     check_passes: bool = False,
     dump_passes: str | Path | None = None,
@@ -86,6 +93,11 @@ def compile(
     built for. ``gpu`` names the compute capabilities of TensorRT-RTX's, such as sm89; ``engine_settings`` holds the
     rest, but for the batch. TensorRT's timing cache is by default ``<output>.timing``, beside the bundle.
 
+    Convolutions with groups run in the exact form that is expected to be fastest on each target. ``tune`` measures that
+    here, for about ``tune_budget`` seconds, with ``threads`` (None for the runtime's choice) and the typical batch, and
+    keeps the times in ``tuning_db``; the result is compared whole, so it is never slower than without. ``packing``
+    False keeps the groups that were learned.
+
     ``emit`` may name ``triton``, for a Triton Inference Server model repository in the bundle. ``bake_preprocessing``
     adds ``model.image.onnx``, which takes images as they are decoded. ``on_step`` is told the name of each step as it
     ends.
@@ -101,6 +113,11 @@ def compile(
     chosen = _chosen(target, asked, engine=engine, gpu=gpu)
     precisions = tuple(dict.fromkeys((*asked, *(variant.precision for variant in chosen))))
     _check_options(chosen, precisions, keep_float, emit, engine_settings, calibrated=calibrate is not None)
+    if tune and not packing:
+        raise TuningError("--tune looks for the fastest packing, --no-packing keeps what was learned: give one of them")
+    tuning = TuningOptions(
+        packing, tune, tune_budget, threads, _typical(batch), None if tuning_db is None else Path(tuning_db)
+    )
     fixed, place = batch if isinstance(batch, int) else None, output.absolute()
     settings = replace(
         engine_settings,
@@ -121,14 +138,25 @@ def compile(
         assert preprocessing is not None
         data = CalibrationData(unlabelled(Path(calibrate), preprocessing, limit=calibration_images), calibration)
         clock("read calibration images")
-    folded = fold(
-        checkpoint,
-        pipeline=pipeline,
-        input_shape=own_shape[1:],
-        check_passes=check_passes,
-        dump_passes=Path(dump_passes) if dump_passes is not None else None,
-        on_step=clock,
-    )
+    shape, first = (fixed or 1, *own_shape[1:]), precisions[0]
+    refold = partial(fold, checkpoint, pipeline=pipeline, input_shape=own_shape[1:], check_passes=check_passes)
+    costs = {variant: Costs(variant, replace(tuning, measure=False)) for variant in _onnx_first(chosen)}
+    dumped = None if dump_passes is None else Path(dump_passes)
+    folded = refold(cost=next(iter(costs.values())), dump_passes=dumped, on_step=clock)
+    lower_form = partial(lower, batch=fixed, calibration=data, exports={})
+    choices = {variant: Tuned(variant, plan) for variant, plan in plans_of(folded, costs).items()}
+    if tune:
+        kept = tuple(name for name in keep_float if name != AUTO)
+
+        def whole(form: Form, variant: Variant) -> bytes:
+            low = lower_form(form, variant.precision, keep_float=kept)
+            engine = variant.target.takes == "engine"
+            return build(variant, low, shape, settings, fixed_batch=fixed is not None).content if engine else low.model
+
+        tuner = NetworkTuner(tuning, refold, whole, own_shape, on_step)
+        choices = tuner.tune({variant: choice.plan for variant, choice in choices.items()})
+        folded = next(iter(choices.values())).plan.folded
+        clock("tuning")
     try:
         golden = Golden.of(folded.training, folded.input_shape, torch.from_numpy(data.images) if data else None)
     except TraceError as failed:
@@ -136,53 +164,67 @@ def compile(
     error = check_float64(checkpoint.path, folded, golden.inputs, golden.outputs)
     clock("float64")
 
-    first = precisions[0]
-    forms = {name: form_for(name, folded) for name in precisions}
-    manifest = manifest_of(checkpoint, replace(folded, folded=forms[first].graph), fixed, first)
+    forms, key_of = _forms(precisions, choices)
+    main = forms[first]
+    manifest = manifest_of(checkpoint, replace(folded, certificate=main.certificate), fixed, first, main.graph)
     path, classes = checkpoint.path, checkpoint.classes
     if classes and classes_of(manifest) != len(classes):
         raise CheckpointError(f"{path}: names {len(classes)} classes, but the network is no classifier of so many")
     if AUTO in keep_float and len(manifest["outputs"]) > 1:
         raise TargetError(f"{path}: --keep-float {AUTO} measures one output, and there are more: name the layers")
+    tunings = {str(variant): choice.as_dict(tuning) for variant, choice in choices.items()}
     options: dict[str, Any] = {"arch": arch, "gate_order": gate_order, "zero_gates": zero_gates, "batch": batch}
     options |= {"model": checkpoint.built_by, "input_shape": own_shape[1:]}
     options |= {"input_size": own_shape[2] if square else None, "precision": precisions, "keep_float": keep_float}
     records = [_record(record) for record in folded.result.records]
     content = {
-        files.PASSES: to_json({"options": options, "notes": checkpoint.notes, "passes": records}),
+        files.PASSES: to_json(
+            {
+                "options": options,
+                "notes": checkpoint.notes,
+                "passes": records,
+                "costs": next(iter(choices.values())).plan.table.as_dict(),
+            }
+        ),
         files.PREPROCESSING: to_json({**(asdict(preprocessing) if preprocessing else {}), "classes": list(classes)}),
     }
-    shape = (fixed or 1, *own_shape[1:])
-    del source, checkpoint, folded  # the dense kernels: most of the memory, and no longer needed
+    # The dense kernels: most of the memory, and no longer needed.
+    del source, checkpoint, folded, refold, choices, costs, main
 
     lowered: dict[str, Lowered] = {}
     errors: dict[str, dict[str, float]] = {}
     tiers = Tiers()
-    for name, form in forms.items():
-        low = lower(form, name, batch=fixed, keep_float=keep_float, calibration=data, on_step=clock)
-        if name != "fp32":
-            errors[name] = layer_errors(name, form.graph, low.model, low.keep_float, golden, batch=fixed)
-        if name in ("fp16", "bf16"):
-            tiers.results[f"rounded {name}"] = rounded_tier(name, form.graph, low.keep_float, golden, errors[name])
-        clock(f"errors in {name}")
-        lowered[name] = low
-        content[_file(name, first, ".onnx")] = low.model
+    for key, form in forms.items():
+        name = precision_of(key)
+        low = lower_form(form, name, keep_float=keep_float, on_step=clock)
+        if name != "fp32" and key == name:  # packing changes no value: once a precision
+            errors[key] = layer_errors(name, form.graph, low.model, low.keep_float, golden, batch=fixed)
+            if name in ("fp16", "bf16"):
+                tiers.results[f"rounded {name}"] = rounded_tier(name, form.graph, low.keep_float, golden, errors[key])
+        clock(f"errors in {key}")
+        lowered[key] = low
+    read = {key_of[variant] for variant in chosen if variant.target.takes == "onnx"}
+    onnx_files = {key: _file(key, first, ".onnx") for key in forms if key in read.union(precisions)}
+    content |= {name: lowered[key].model for key, name in onnx_files.items()}
     if bake_preprocessing:
         assert preprocessing is not None
         content[files.IMAGE_MODEL] = with_preprocessing(lowered[first].model, preprocessing)
         clock("preprocessing")
     manifest |= {
-        "models": {name: {"file": _file(name, first, ".onnx"), **low.facts} for name, low in lowered.items()},
+        "models": {
+            key: {**({"file": onnx_files[key]} if key in onnx_files else {}), **low.facts}
+            for key, low in lowered.items()
+        },
         "targets": [{"target": variant.target.name, "precision": variant.precision} for variant in chosen],
         "files": {name: file_entry(data) for name, data in content.items()},
     }
     del forms, form  # their weights are in float64
 
-    models = {variant: lowered[variant.precision].model for variant in chosen}
+    models = {variant: lowered[key_of[variant]].model for variant in chosen}
     built: dict[Variant, Engine] = {}
     for variant in chosen:
         if variant.target.takes == "engine":
-            low = lowered[variant.precision]
+            low = lowered[key_of[variant]]
             built[variant] = build(variant, low, shape, settings, fixed_batch=fixed is not None, on_step=on_step)
             clock(f"{variant} engine")
     engines = {variant: made.content for variant, made in built.items()}
@@ -208,7 +250,7 @@ def compile(
         files.MANIFEST: manifest,
         files.ENGINES: {
             "schema": files.SCHEMA,
-            "engines": [entry(names[v], v, made, lowered[v.precision].model) for v, made in built.items()],
+            "engines": [entry(names[v], v, made, models[v]) for v, made in built.items()],
             "files": {name: file_entry(data) for name, data in repository.files.items()},
             "not_served": repository.left_out,
             **({} if built else {"note": "no target asked for takes one" if engine else "left out by --no-engine"}),
@@ -218,6 +260,7 @@ def compile(
             "tiers": {name: tier.as_dict() for name, tier in tiers.results.items()},
             "runtimes": tiers.runtimes,
             "not_run": tiers.not_run,
+            "tuning": tunings,
             "worst_layers": {name: _worst(own) for name, own in errors.items()},
             "machine": machine(),
             "golden": {"file": files.GOLDEN, **file_entry(golden_file)},
@@ -236,9 +279,41 @@ def compile(
     return result
 
 
-def _file(precision: str, first: str, suffix: str) -> str:
-    """``model<suffix>`` in the first precision asked for, ``model.<precision><suffix>`` in another."""
-    return f"model{suffix}" if precision == first else f"model.{precision}{suffix}"
+def _file(key: str, first: str, suffix: str) -> str:
+    """``model<suffix>`` in the first precision asked for, ``model.<precision><suffix>`` in another.
+
+    The key of a target with a form of its own gives ``model.<target>.<precision><suffix>``.
+    """
+    return f"model{suffix}" if key == first else f"model.{key.replace(' ', '.')}{suffix}"
+
+
+def _onnx_first(chosen: Sequence[Variant]) -> tuple[Variant, ...]:
+    """Targets that read ONNX files before those that take an engine: theirs is the form of ``model.onnx``."""
+    return tuple(sorted(chosen, key=lambda variant: variant.target.takes != "onnx"))
+
+
+def _forms(precisions: Sequence[str], choices: Mapping[Variant, Tuned]) -> tuple[dict[str, Form], dict[Variant, str]]:
+    """The networks to write, by their key in the manifest, and the key of each variant.
+
+    A precision's own is that of its first variant; another variant has its own where it runs another form.
+    """
+    forms: dict[str, Form] = {}
+    key_of: dict[Variant, str] = {}
+    for variant, choice in choices.items():
+        form = choice.plan.form(variant.precision)
+        alike = next((key for key, other in forms.items() if _same(key, other, variant, form)), None)
+        key_of[variant] = alike or (str(variant) if variant.precision in forms else variant.precision)
+        forms.setdefault(key_of[variant], form)
+    return {key: forms[key] for key in sorted(forms, key=lambda key: (key not in precisions, key))}, key_of
+
+
+def _same(key: str, other: Form, variant: Variant, form: Form) -> bool:
+    return precision_of(key) == variant.precision and other.same_as(form)
+
+
+def _typical(batch: int | tuple[int, int, int] | None) -> int:
+    """The batch that is tuned for."""
+    return batch if isinstance(batch, int) else 1 if batch is None else batch[1]
 
 
 def _worst(errors: Mapping[str, float]) -> list[dict[str, Any]]:

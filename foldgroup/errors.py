@@ -53,6 +53,10 @@ class RunnerError(FoldgroupError):
     """A runtime that is missing or that refused the model."""
 
 
+class TuningError(FoldgroupError):
+    """A tuning database that cannot be used, or a network that cannot be tuned here."""
+
+
 class ComparisonError(FoldgroupError):
     """Two benchmarks that cannot be compared."""
 

@@ -24,6 +24,7 @@ from foldgroup.errors import EquivalenceError, TraceError
 from foldgroup.outputs import check_outputs
 from foldgroup.own_model import ModelSource
 from foldgroup.pipeline import PassRecord, Pipeline, PipelineResult, dump, first_difference
+from foldgroup.planning.cost import Cost, CostSource
 from foldgroup.trace import trace
 
 
@@ -42,6 +43,7 @@ def fold(
     checkpoint: Checkpoint,
     *,
     pipeline: Pipeline | None = None,
+    cost: Cost | CostSource | None = None,
     input_size: int | None = None,
     input_shape: Sequence[int] | None = None,
     check_passes: bool = False,
@@ -50,7 +52,8 @@ def fold(
 ) -> Folded:
     """Trace the checkpoint's model, run the passes and certify the result.
 
-    ``pipeline`` is the default one with the passes of installed packages. The input is as :func:`input_shape_of` says.
+    ``pipeline`` is the default one with the passes of installed packages, which plans by ``cost``. The input is as
+    :func:`input_shape_of` says.
 
     Raises:
         TraceError, PassError: if the network or a pass is not up to it.
@@ -71,7 +74,7 @@ def fold(
             old.unlink()
         (dump_passes / "00_trace.txt").write_text(dump(training), encoding="utf-8")
     check = pass_check(training, seeded_inputs(shape)) if check_passes else None
-    result = (pipeline or _default_pipeline()).run(training, check=check, on_pass=on_pass)
+    result = (pipeline or _default_pipeline(cost)).run(training, check=check, on_pass=on_pass)
     certificate = certify(training, result.graph)
     on_step("certificate")
     if not certificate.holds:
@@ -125,11 +128,11 @@ def bisect(
     return first_difference(result.records)
 
 
-def _default_pipeline() -> Pipeline:
+def _default_pipeline(cost: Cost | CostSource | None = None) -> Pipeline:
     """The default passes and those of installed packages."""
     from passes import default_pipeline
 
-    return default_pipeline().with_entry_points()
+    return default_pipeline(cost).with_entry_points()
 
 
 def shape_like(example: Tensor | Sequence[int] | None) -> tuple[int, ...] | None:

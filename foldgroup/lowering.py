@@ -2,32 +2,39 @@
 
 ::
 
-    folded graph ─► typed fp32 | fp16 | bf16 ─► ONNX
-    folded graph ─► pack_groups ─► typed fp32 ─► ONNX ─► quantiser, calibrated ─► ONNX with Q/DQ       (int8)
+    folded graph ─► typed fp32 | fp16 | bf16 ─► ONNX ─► groups packed for the target
+    folded graph ─► typed fp32 ─► ONNX ─► groups packed ─► quantiser, calibrated ─► ONNX with Q/DQ       (int8)
+
+The export takes seconds, packing none: so a network is exported once a precision with the groups that it learned, and
+packed in the ONNX file. That the file is the network that :class:`passes.PackGroups` makes, whose certificate holds, is
+checked weight by weight.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import fx
 
-from foldgroup.certificate import certify
-from foldgroup.emit.onnx import export_onnx
+from foldgroup.certificate import Certificate, certify
+from foldgroup.conv_shape import Choose, Execution
+from foldgroup.emit.onnx import export_onnx, stored_weights_match
 from foldgroup.emit.precision import DTYPES, layers_named, typed
 from foldgroup.emit.quantize import Calibration, Quantizer
+from foldgroup.emit.rewrite import pack_all
 from foldgroup.emit.sensitivity import most_sensitive
-from foldgroup.errors import EquivalenceError, TargetError
+from foldgroup.errors import EquivalenceError, PassError, TargetError
 from foldgroup.folding import Folded
-from foldgroup.measure import layer_costs
-from foldgroup.nn.dgconv import DGConv
-from foldgroup.trace import called_module
+from foldgroup.measure import layer_costs, learned_costs
+
+if TYPE_CHECKING:
+    from passes import PackGroups
 
 INT8_WIDTH = 4
 """TensorRT's int8 convolutions want group widths that are multiples of this."""
@@ -59,37 +66,71 @@ class Lowered:
 
 @dataclass(frozen=True)
 class Form:
-    """A folded graph as one precision needs it, without the dense kernels that it came from."""
+    """A folded graph as one precision on one target needs it, without the dense kernels that it came from."""
 
     graph: fx.GraphModule
+    nominal: fx.GraphModule
+    """The same with the groups that were learned."""
+    executions: Mapping[str, Execution]
+    """How those layers run that do not run as they were learned."""
     input_shape: tuple[int, ...]
     facts: dict[str, Any]
-    """For the manifest: multiply-adds of one image, in all and in the learned layers, and packed groups."""
+    """For the manifest: multiply-adds of one image, in all and in the learned layers, packed groups, split layers."""
+    certificate: Certificate
+
+    def same_as(self, other: Form) -> bool:
+        """Whether both are one network, run alike."""
+        return self.nominal is other.nominal and self.executions == other.executions
 
 
-def form_for(precision: str, folded: Folded) -> Form:
-    """The folded network with groups as wide as ``precision`` needs them, certified again if that changed anything.
+def form_for(precision: str, folded: Folded, choose: Choose | None = None) -> Form:
+    """The folded network, every convolution with groups run as ``choose`` says; see :class:`passes.PackGroups`.
+
+    Without a choice it has the groups that were learned, but for int8: as wide as that needs them. If that changed
+    anything, it is certified again.
 
     Raises:
         EquivalenceError: if packing broke the network.
     """
     from passes import PackGroups
 
-    graph, packed = folded.folded, {}
-    if precision == "int8":
-        graph = PackGroups(INT8_WIDTH).run(folded.folded).graph
-        packed = _packed(folded.folded, graph)
-        certificate = certify(folded.training, graph) if packed else folded.certificate
-        if not certificate.holds:
-            raise EquivalenceError(f"packing groups for {precision}: {certificate.failure}")
-    training = folded.training
-    learned = {str(n.target) for n in training.graph.nodes if isinstance(called_module(training, n), DGConv)}
-    costs = layer_costs(graph)
+    return _form(precision, folded, PackGroups(INT8_WIDTH if precision == "int8" else 1, choose))
+
+
+def recorded_form(model: Mapping[str, Any], precision: str, folded: Folded) -> Form:
+    """The form that a manifest's entry ``model`` says a network runs in.
+
+    Raises:
+        EquivalenceError: if the network has no such form.
+    """
+    from passes import PackGroups
+
+    packed, split = model.get("packed", {}), model.get("split", {})
+    wanted = {name: Execution(groups, split.get(name, 1)) for name, groups in packed.items()}
+    try:
+        return _form(
+            precision, folded, PackGroups(1, lambda name, calls, _: wanted.get(name, Execution(calls[0].groups)))
+        )
+    except PassError as error:
+        raise EquivalenceError(f"the manifest's packed groups are none of this network: {error}") from error
+
+
+def _form(precision: str, folded: Folded, packing: PackGroups) -> Form:
+    graph = packing.run(folded.folded).graph
+    executions = packing.chosen
+    if not executions:
+        graph = folded.folded
+    certificate = certify(folded.training, graph) if executions else folded.certificate
+    if not certificate.holds:
+        raise EquivalenceError(f"packing groups for {precision}: {certificate.failure}")
     facts: dict[str, Any] = {
-        "macs": sum(cost.macs for cost in costs),
-        "learned_macs": sum(cost.macs for cost in costs if cost.name in learned),
+        "macs": sum(cost.macs for cost in layer_costs(graph)),
+        "learned_macs": sum(cost.macs for costs in learned_costs(folded.training, graph).values() for cost in costs),
     }
-    return Form(graph, folded.input_shape, facts | ({"packed": packed} if packed else {}))
+    packed = {name: form.groups for name, form in executions.items()}
+    split = {name: form.parts for name, form in executions.items() if form.parts > 1}
+    facts |= ({"packed": packed} if packed else {}) | ({"split": split} if split else {})
+    return Form(graph, folded.folded, executions, folded.input_shape, facts, certificate)
 
 
 def lower(
@@ -99,12 +140,13 @@ def lower(
     batch: int | None = None,
     keep_float: Sequence[str] = (),
     calibration: CalibrationData | None = None,
+    exports: MutableMapping[Any, bytes] | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Lowered:
     """The network in ``precision``, with a dynamic batch or a fixed one.
 
     ``keep_float`` are names or wildcards of layers to keep in float32; ``auto`` adds the few that int8 hurts most,
-    measured on the calibration images.
+    measured on the calibration images. ``exports`` remembers exports of several calls with equal options.
 
     Raises:
         EmitError, EquivalenceError: if a step is refused or goes wrong.
@@ -119,7 +161,7 @@ def lower(
     if precision == "int8":
         assert calibration is not None
         graph = typed(form.graph, torch.float32)
-        exact = export_onnx(graph, shape, fixed_batch=fixed)
+        exact = _exported(form, graph, torch.float32, (), shape, fixed, exports)
         quantizer = Quantizer(exact, calibration.images, method=calibration.method, batch=batch)
         on_step("calibration")
         facts["calibration"] = {
@@ -138,18 +180,32 @@ def lower(
     else:
         kept = () if precision == "fp32" else kept
         graph = typed(form.graph, DTYPES[precision], kept)
-        model = export_onnx(graph, shape, fixed_batch=fixed)
+        model = _exported(form, graph, DTYPES[precision], kept, shape, fixed, exports)
     if kept:
         facts["keep_float"] = list(kept)
     on_step(f"ONNX {precision}")
     return Lowered(precision, graph, model, kept, facts)
 
 
-def _packed(before: fx.GraphModule, after: fx.GraphModule) -> dict[str, int]:
-    """Executed groups of every layer that packing changed."""
-    changed = {}
-    for name, module in after.named_modules():
-        groups = getattr(module, "groups", None)
-        if groups is not None and groups != getattr(before.get_submodule(name), "groups", None):
-            changed[name] = int(groups)
-    return changed
+def _exported(
+    form: Form,
+    graph: fx.GraphModule,
+    dtype: torch.dtype,
+    kept: tuple[str, ...],
+    shape: tuple[int, ...],
+    fixed: bool,
+    exports: MutableMapping[Any, bytes] | None,
+) -> bytes:
+    """The ONNX file of ``graph``, which is ``form`` typed: by way of that with nominal groups if that will do."""
+    if any(execution.parts > 1 for execution in form.executions.values()):
+        return export_onnx(graph, shape, fixed_batch=fixed)
+    exports = {} if exports is None else exports
+    key = (id(form.nominal), dtype, kept, shape, fixed)
+    if key not in exports:
+        nominal = typed(form.nominal, dtype, kept) if form.executions else graph
+        exports[key] = export_onnx(nominal, shape, fixed_batch=fixed)
+    if not form.executions:
+        return exports[key]
+    model = pack_all(exports[key], {name: execution.groups for name, execution in form.executions.items()})
+    stored_weights_match(model, graph)
+    return model

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from importlib.metadata import version
 from math import prod
 from typing import Any
+
+from torch import fx
 
 from foldgroup.bundle import SCHEMA
 from foldgroup.checkpoint import Checkpoint
 from foldgroup.emit.onnx import BATCH, INPUT
 from foldgroup.folding import Folded
-from foldgroup.measure import layer_costs, macs, params
+from foldgroup.measure import learned_costs, macs, params
 from foldgroup.nn.dgconv import DGConv
 from foldgroup.outputs import outputs_of
 from foldgroup.trace import called_module, shape_of
 
 
 def manifest_of(
-    checkpoint: Checkpoint, folded: Folded, batch: int | None = None, precision: str = "fp32"
+    checkpoint: Checkpoint,
+    folded: Folded,
+    batch: int | None = None,
+    precision: str = "fp32",
+    runs: fx.GraphModule | None = None,
 ) -> dict[str, Any]:
-    """The manifest of a compile with a dynamic batch or ``batch``, but for its files, models and targets."""
-    layers = _learned_layers(folded)
-    executed = macs(folded.folded)
+    """The manifest of a compile with a dynamic batch or ``batch``, but for its files, models and targets.
+
+    ``runs`` is the folded network as it is run in ``precision``, by default as it was learned.
+    """
+    runs = runs or folded.folded
+    layers = _learned_layers(folded, runs)
+    executed = macs(runs)
     packed = sum(layer["executed_macs"] - layer["macs"] for layer in layers)
     ledger = folded.result.ledger
     free = batch or BATCH
@@ -45,14 +56,15 @@ def manifest_of(
             "kept": [{"node": entry.node, "reason": entry.reason} for entry in ledger if entry.fate == "kept"],
         },
         "macs": {"training": macs(folded.training), "nominal": executed - packed, "executed": executed},
-        "params": {"training": params(folded.training), "folded": params(folded.folded)},
+        "params": {"training": params(folded.training), "folded": params(folded.folded), "executed": params(runs)},
         "certificate": folded.certificate.as_dict(),
     }
 
 
-def _learned_layers(folded: Folded) -> list[dict[str, Any]]:
+def _learned_layers(folded: Folded, runs: fx.GraphModule) -> list[dict[str, Any]]:
     """What became of every DGConv layer, for the manifest; MACs are for one image."""
-    executed = {cost.name: cost for cost in layer_costs(folded.folded)}
+    executed = learned_costs(folded.training, runs)
+    calls = Counter(str(node.target) for node in folded.training.graph.nodes)
     layers = []
     for node in folded.training.graph.nodes:
         layer = called_module(folded.training, node)
@@ -69,9 +81,9 @@ def _learned_layers(folded: Folded) -> list[dict[str, Any]]:
                 "out_channels": layer.out_channels,
                 "gate_bits": list(layer.bits),
                 "groups": groups,
-                "executed_groups": executed[name].groups,
+                "executed_groups": sum(cost.groups for cost in executed[name]) // calls[name],
                 "macs": dense // groups,
-                "executed_macs": executed[name].macs,
+                "executed_macs": sum(cost.macs for cost in executed[name]) // calls[name],
             }
         )
     return layers

@@ -41,6 +41,7 @@ from torch import fx, nn
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
+from foldgroup.conv_shape import MOST_PARTS
 from foldgroup.errors import TraceError
 from foldgroup.nn.dgconv import DGConv
 
@@ -91,6 +92,25 @@ def layer_costs(graph: fx.GraphModule) -> tuple[LayerCost, ...]:
             if isinstance(weight, fx.Node) and weight.op == "get_attr":
                 costs.append(_call_cost(graph, node, weight))
     return tuple(costs)
+
+
+def learned_costs(training: fx.GraphModule, graph: fx.GraphModule) -> dict[str, tuple[LayerCost, ...]]:
+    """For every DGConv layer of ``training`` what stands for it in ``graph``: one layer, or the parts it is split into.
+
+    Raises:
+        TraceError: if a shape that is needed is missing.
+    """
+    found: dict[str, tuple[LayerCost, ...]] = {
+        str(node.target): ()
+        for node in training.graph.nodes
+        if node.op == "call_module" and isinstance(training.get_submodule(str(node.target)), DGConv)
+    }
+    parts = {f"{name}_part{i}": name for name in found for i in range(MOST_PARTS)}
+    for cost in layer_costs(graph):
+        name = parts.get(cost.name, cost.name)
+        if name in found:
+            found[name] += (cost,)
+    return found
 
 
 def _layer_cost(node: fx.Node, layer: _ConvNd | nn.Linear) -> LayerCost:

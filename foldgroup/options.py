@@ -30,6 +30,25 @@ class BatchType(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
         return numbers[0] if len(numbers) == 1 else numbers
 
 
+class SecondsType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
+    """A time such as 90, 90s, 1.5m or 1h, in seconds."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A number of seconds above 0."""
+        if not isinstance(value, str):
+            return value
+        unit = {"s": 1, "m": 60, "h": 3600}.get(value[-1:], 0)
+        try:
+            seconds = float(value[:-1] if unit else value) * (unit or 1)
+        except ValueError:
+            seconds = 0.0
+        if not 0 < seconds < float("inf"):
+            self.fail(f"{value!r} is no time, such as 90s or 5m", param, ctx)
+        return seconds
+
+
 class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
     """The shape of one input; it becomes that of a batch of one."""
 
@@ -174,6 +193,28 @@ engine_options = _group(
     ),
 )
 """Where a network is to run, and how engines are built for it."""
+
+tuning_options = _group(
+    click.option("--no-packing", is_flag=True, help="Run every layer with the groups that it learned."),
+    click.option("--tune", is_flag=True, help="Measure here which exact form of every layer is fastest, and use it."),
+    click.option(
+        "--tune-budget",
+        type=SecondsType(),
+        default="60s",
+        show_default=True,
+        help="Time to measure in, such as 90s or 5m; what is in the tuning database costs none.",
+    ),
+    click.option(
+        "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads to tune for, in one operation."
+    ),
+    click.option(
+        "--tune-db",
+        "tuning_db",
+        type=ExistingPath,
+        help="Where measured times are kept.  [default: in the user's cache, or $FOLDGROUP_TUNING_DB]",
+    ),
+)
+"""In what form layers with groups run."""
 
 handover_options = _group(
     click.option(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from foldgroup.bundle import Bundle, read_bundle
+from foldgroup.bundle import Bundle, precision_of, read_bundle
 from foldgroup.errors import EquivalenceError, RunnerError
 from foldgroup.images import BATCH, preprocessing_of, read_batch
 from foldgroup.run.base import Runner, run_all
@@ -108,4 +108,5 @@ def _candidates(bundle: Bundle, target: str | None) -> Iterator[Variant]:
         return
     yield from bundle.variants
     onnxruntime = find_target("onnxruntime")  # for a bundle made for other machines
-    yield from (Variant(onnxruntime, name) for name in bundle.models if name in onnxruntime.precisions)
+    precisions = dict.fromkeys(map(precision_of, bundle.models))
+    yield from (Variant(onnxruntime, name) for name in precisions if name in onnxruntime.precisions)

@@ -146,6 +146,15 @@ def _without_log(name: str) -> Iterator[None]:
         logger.disabled = before
 
 
+def add_module(graph: fx.GraphModule, name: str, module: nn.Module) -> str:
+    """Add ``module`` under ``name``, or the next name that the network has not taken; returns the name."""
+    taken = {path for path, _ in graph.named_modules(remove_duplicate=False)}
+    while name in taken or hasattr(graph, name):
+        name += "_"
+    graph.add_submodule(name, module)
+    return name
+
+
 def fork(graph: fx.GraphModule) -> fx.GraphModule:
     """A new graph with the same nodes, names and modules: what a pass may rewrite without touching its argument.
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from torch import nn
 
 from foldgroup.baked import baked_tier
-from foldgroup.bundle import IMAGE_MODEL, Bundle, read_bundle
+from foldgroup.bundle import IMAGE_MODEL, PASSES, Bundle, precision_of, read_bundle
 from foldgroup.checkpoint import load_network
 from foldgroup.emit.onnx import stored_weights_match
 from foldgroup.equivalence import (
@@ -34,12 +34,13 @@ from foldgroup.errors import BundleError, EquivalenceError, RunnerError, Unavail
 from foldgroup.folding import Folded, fold
 from foldgroup.golden import Golden
 from foldgroup.images import labelled_batches, sample
-from foldgroup.lowering import form_for
+from foldgroup.lowering import recorded_form
 from foldgroup.own_model import ModelSource
 from foldgroup.run import Runner
 from foldgroup.run.base import run_all
 from foldgroup.targets import Variant, make_runner, parse_variants
 from foldgroup.tiers import layer_errors, rounded_tier, run_tier, stand_in, tier_of
+from foldgroup.tuning.table import CostTable
 
 Array = npt.NDArray[Any]
 
@@ -187,7 +188,8 @@ def _fold_again(
     finding = "the file that was compiled" if same else "not the file that was compiled: judged by its weights alone"
     result.checks.append(CheckResult("checkpoint", True, finding))
     with _recorded(result, "certificate"):
-        folded = fold(loaded, input_shape=shape, input_size=None if shape else options["input_size"])
+        cost = _costs(bundle)
+        folded = fold(loaded, cost=cost, input_shape=shape, input_size=None if shape else options["input_size"])
         counts = folded.certificate
         finding = f"{counts.weights_kept:,} weights bit-equal, {counts.weights_pruned:,} pruned where the mask is zero"
         result.checks.append(CheckResult("certificate", True, finding))
@@ -195,13 +197,26 @@ def _fold_again(
     return None
 
 
+def _costs(bundle: Bundle) -> CostTable | None:
+    """What channel orders were planned by; None in older bundles, which counted."""
+    if "costs" not in bundle.passes:
+        return None
+    try:
+        return CostTable.from_dict(bundle.passes["costs"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{bundle.path / PASSES}: its costs cannot be read ({error!r}); compile again") from error
+
+
 def _check_models(bundle: Bundle, folded: Folded, result: Verification) -> None:
-    """The weights of every ONNX file against the folded network."""
-    for precision, model in bundle.models.items():
-        name = "ONNX weights" if precision == bundle.manifest["precision"] else f"ONNX weights {precision}"
+    """The weights of every ONNX file against the folded network, in the form that it runs in."""
+    for key, model in bundle.models.items():
+        if "file" not in model:  # of an engine, from a file that is not kept
+            continue
+        name = "ONNX weights" if key == bundle.manifest["precision"] else f"ONNX weights {key}"
         with _recorded(result, name):
+            precision = precision_of(key)
             content = bundle.checked(model["file"], bundle.manifest["files"])
-            count = stored_weights_match(content, form_for(precision, folded).graph)
+            count = stored_weights_match(content, recorded_form(model, precision, folded).graph)
             how = "within half a step of" if precision == "int8" else "bit-equal to"
             result.checks.append(CheckResult(name, True, f"{count} layers are {how} the folded network"))
 
@@ -232,7 +247,8 @@ def _enter(
     for variant in wanted:
         enter(variant)
     if not must:
-        left = [p for p in bundle.models if not any(variant.precision == p for variant in runners)]
+        ran = {variant.precision for variant in runners}
+        left = [p for p in dict.fromkeys(map(precision_of, bundle.models)) if p not in ran]
         for other in map(stand_in, left):
             if other is not None and other not in wanted:
                 enter(other)
@@ -255,7 +271,7 @@ class _LayerErrors:
             model = self.bundle.models[precision]
             self.known[precision, openvino] = layer_errors(
                 precision,
-                form_for(precision, self.folded).graph,
+                recorded_form(model, precision, self.folded).graph,
                 self.bundle.read(model["file"]),
                 model.get("keep_float", ()),
                 self.golden,
@@ -269,7 +285,7 @@ def _add_rounded(result: Verification, layers: _LayerErrors) -> None:
     """fp16 and bf16 as a 16-bit device computes them."""
     assert layers.folded is not None
     for precision, model in layers.bundle.models.items():
-        if precision in ("fp16", "bf16"):
+        if precision in ("fp16", "bf16"):  # packing changes no value
             with _recorded(result, f"rounded {precision}, golden inputs"):
                 kept, errors = model.get("keep_float", ()), layers.of(precision)
                 tier = rounded_tier(precision, layers.folded.folded, kept, layers.golden, errors)

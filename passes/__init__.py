@@ -1,6 +1,7 @@
 """The compiler's passes, one a file, in the order :func:`default_pipeline` lists and justifies."""
 
 from foldgroup.pipeline import Pipeline
+from foldgroup.planning.cost import Cost, CostModel, CostSource
 from passes.absorb_shuffles import AbsorbShuffles
 from passes.decode_gates import DecodeGates
 from passes.find_groups import FindGroups
@@ -23,8 +24,8 @@ __all__ = [
 ]
 
 
-def default_pipeline() -> Pipeline:
-    """The passes of a compile, in order."""
+def default_pipeline(cost: Cost | CostSource | None = None) -> Pipeline:
+    """The passes of a compile, in order; ``cost`` is what channel orders are planned by, counted unless given."""
     return Pipeline(
         (
             RecogniseShuffles(),  # before others look: a reshape that takes channels apart stops every order
@@ -33,7 +34,7 @@ def default_pipeline() -> Pipeline:
             FoldGroups(),  # needs only a layer's own mask; prunes, so what follows handles small tensors
             # Before batch norm is folded: until here every tensor is the checkpoint's own, moved but not computed with,
             # so the certificate can compare bits. Batch norm follows an order like any per-channel tensor.
-            AbsorbShuffles(),
+            AbsorbShuffles(CostModel() if cost is None else cost),
             FoldBatchNorm(),  # the one pass that does arithmetic; in float64, rounded once when the network is emitted
             Tidy(),  # last: removes what the others left without use
         )

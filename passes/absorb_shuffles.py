@@ -31,28 +31,33 @@ from torch.nn.modules.conv import _ConvNd
 from foldgroup import rules as ops
 from foldgroup.channel_order import ChannelOrder
 from foldgroup.channels import ChannelGraph, Segment, as_order
+from foldgroup.conv_shape import grouped_convs
 from foldgroup.forms import ChannelShuffle, conv_like, with_tensors
 from foldgroup.pipeline import Note, Pass, PassResult, ShuffleEntry, Stage
-from foldgroup.planning.cost import CostModel
+from foldgroup.planning.cost import Cost, CostModel, CostSource
 from foldgroup.planning.report import conflict, describe
 from foldgroup.planning.solver import Solution, solve
 from foldgroup.trace import called_module, fork
 
 
 class AbsorbShuffles(Pass):
-    """Choose an order for every channel axis, and the groups of every layer, at the least total cost."""
+    """Choose an order for every channel axis, and the groups of every layer, at the least total cost.
+
+    ``cost`` is that, or a function that gives it for the convolutions with groups of the graph at hand.
+    """
 
     name = "absorb_shuffles"
     requires = Stage.SHUFFLE
     gives = Stage.FOLDED
 
-    def __init__(self, cost: CostModel = CostModel()) -> None:  # noqa: B008  # frozen
+    def __init__(self, cost: Cost | CostSource = CostModel()) -> None:  # noqa: B008  # frozen
         self.cost = cost
 
     def run(self, graph: fx.GraphModule) -> PassResult:
         """Choose the orders, reorder the weights, remove, rewrite or place every shuffle."""
         result = fork(graph)
-        channels = ChannelGraph(result, self.cost)
+        calls = (shape for shapes in grouped_convs(graph).values() for shape in shapes)
+        channels = ChannelGraph(result, self.cost(calls) if callable(self.cost) else self.cost)
         solution = solve(channels.problem)
         absorption = _Absorption(channels, solution)
         rewritten = absorption.rewritten()
@@ -139,8 +144,12 @@ class _Absorption:
             self._reorder(node, None, self.own[node])
         elif isinstance(rule, ops.Constant) and node in self.own and not self.own[node].is_identity:
             self._reorder_constant(node, copy)
+        # A depthwise convolution's order is that of what it reads; but packed, it is none any more.
+        weighted = isinstance(called_module(self.graph, node), _ConvNd)
         writes = (
-            isinstance(rule, ops.Mixes | ops.Groups | ops.Constant) or {"out_order", "out_index"} & node.meta.keys()
+            isinstance(rule, ops.Mixes | ops.Groups | ops.Constant)
+            or (weighted and isinstance(rule, ops.Through))
+            or {"out_order", "out_index"} & node.meta.keys()
         )
         if writes and node in self.own:
             _claim(copy, self.own[node])

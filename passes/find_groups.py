@@ -54,7 +54,7 @@ from foldgroup.mask_forms import Cost, Form, Geometry, Part, cheapest_form
 from foldgroup.masks import components
 from foldgroup.pipeline import Note, Pass, PassResult, Stage
 from foldgroup.planning.cost import CostModel
-from foldgroup.trace import fork, shape_of
+from foldgroup.trace import add_module, fork, shape_of
 
 MOSTLY = 0.5
 """Share of zero kernels from which on a layer without groups is mentioned."""
@@ -140,7 +140,7 @@ def _rewrite(graph: fx.GraphModule, target: str, nodes: list[fx.Node], layer: _C
         return
     names: list[str] = []
     for part in form.parts:
-        names.append(_add(graph, f"{target}_part{len(names)}", part_of(layer, part)))
+        names.append(add_module(graph, f"{target}_part{len(names)}", part_of(layer, part)))
     for node in nodes:
         _replace(graph, target, node, form, names)
 
@@ -204,7 +204,7 @@ def _selected(graph: fx.GraphModule, name: str, source: fx.Node, index: tuple[in
         return _narrowed(graph, source, index[0], len(index))
     if sorted(index) == list(range(channels)):
         return _shuffled(graph, name, source, ChannelOrder(index), target)
-    node = graph.graph.call_module(_add(graph, name, ChannelSelect(index, target)), (source,))
+    node = graph.graph.call_module(add_module(graph, name, ChannelSelect(index, target)), (source,))
     node.meta = _with_channels(source, len(index))
     return node
 
@@ -212,7 +212,7 @@ def _selected(graph: fx.GraphModule, name: str, source: fx.Node, index: tuple[in
 def _shuffled(graph: fx.GraphModule, name: str, source: fx.Node, order: ChannelOrder, target: str) -> fx.Node:
     if order.is_identity:
         return source
-    node = graph.graph.call_module(_add(graph, name, ChannelShuffle(order, inserted_for=target)), (source,))
+    node = graph.graph.call_module(add_module(graph, name, ChannelShuffle(order, inserted_for=target)), (source,))
     node.meta = _with_channels(source, len(order))
     return node
 
@@ -229,12 +229,3 @@ def _with_channels(source: fx.Node, channels: int) -> dict[str, object]:
     """The metadata of a selection of ``source``'s channels."""
     shape = shape_of(source)
     return {"origin": source.meta["origin"], "shape": (shape[0], channels, *shape[2:])}
-
-
-def _add(graph: fx.GraphModule, name: str, module: nn.Module) -> str:
-    """Add ``module`` under ``name``, or the next name that the network has not taken; returns the name."""
-    taken = {path for path, _ in graph.named_modules(remove_duplicate=False)}
-    while name in taken or hasattr(graph, name):
-        name += "_"
-    graph.add_submodule(name, module)
-    return name

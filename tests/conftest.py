@@ -24,9 +24,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``tiny.foldgroup``, compiled from ``tiny_checkpoint`` without an engine. Not to be changed."""
+    """``tiny.foldgroup`` of ``tiny_checkpoint``, groups as learned, without an engine. Not to be changed."""
     path = tmp_path_factory.mktemp("bundle") / "tiny.foldgroup"
-    compile(tiny_checkpoint, path, engine=False)
+    compile(tiny_checkpoint, path, engine=False, packing=False)
     return path
 
 

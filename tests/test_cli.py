@@ -60,13 +60,13 @@ def test_compile_prints_a_summary_and_writes_the_bundle_where_it_says(
 
 
 def test_two_compiles_are_byte_identical(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
-    assert run("compile", tiny_checkpoint, "-o", tmp_path / "b", "--no-engine").exit_code == 0
+    assert run("compile", tiny_checkpoint, "-o", tmp_path / "b", "--no-engine", "--no-packing").exit_code == 0
     for name in ("manifest.json", "model.onnx", "passes.json", "preprocessing.json"):
         assert (tmp_path / "b" / name).read_bytes() == (tiny_bundle / name).read_bytes()
 
 
 def test_compile_json_is_the_manifest_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    result = run("compile", tiny_checkpoint, "-o", tmp_path / "b", "--no-engine", "--json")
+    result = run("compile", tiny_checkpoint, "-o", tmp_path / "b", "--no-engine", "--no-packing", "--json")
     manifest = json.loads(result.stdout)
     assert manifest == json.loads((tmp_path / "b" / "manifest.json").read_bytes())
     assert manifest["schema"] == 1 and manifest["certificate"]["holds"]

@@ -53,6 +53,7 @@ def bundle(tiny_checkpoint: Path, photos: Path, tmp_path_factory: pytest.TempPat
         precision=PRECISIONS,
         calibrate=photos,
         gpu=["sm80", "sm86", "sm89", "sm120"] if tensorrt.available() else (),
+        packing=False,
     )
 
 
@@ -279,7 +280,8 @@ def test_groups_too_narrow_for_int8_are_packed_and_depthwise_ones_are_not(photos
         network.get_submodule("layer2.1.conv2").gate.copy_(torch.tensor([-1.0, 1, -1, -1]))  # eight groups of two
     checkpoint = tmp_path / "narrow.pt"
     save_checkpoint(checkpoint, network, "bottleneck-1-2", Preprocessing.standard(tiny.SIZE), tiny.CLASSES, training={})
-    bundle = compile(checkpoint, tmp_path / "b", target=CPU, precision=["int8", "fp32"], calibrate=photos)
+    options = {"target": CPU, "precision": ["int8", "fp32"], "calibrate": photos}
+    bundle = compile(checkpoint, tmp_path / "b", packing=False, **options)
     assert bundle.models["int8"]["packed"] == {"layer2.1.conv2": 4}
     layers = {layer["name"]: layer for layer in bundle.manifest["layers"]}
     assert (layers["layer2.0.conv2"]["groups"], layers["layer2.0.conv2"]["executed_groups"]) == (16, 16)

@@ -1,4 +1,4 @@
-"""A plan in words and numbers, for ``explain`` and the ledger. Costs are in multiply-adds (:class:`CostModel`)."""
+"""A plan in words and numbers, for ``explain`` and the ledger. Costs are in the planner's unit (:class:`Cost`)."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def describe(channels: ChannelGraph, solution: Solution) -> dict[str, Any]:
     bent = channels.entangled or channels.lying
     exact = solution.exact and not bent and not channels.fixed
     return {
+        "unit": channels.cost.unit,
         "cost": cost,
         "bound": cost if exact else nominal if bent else solution.bound,
         "exact": exact,

@@ -13,6 +13,8 @@ from foldgroup.errors import BundleError
 from foldgroup.report.layout import grid, heading, paragraph
 
 PASS = "absorb_shuffles"
+_UNITS = {"MACs": (1e6, "M multiply-adds"), "ns": (1e3, "µs")}
+"""By the unit of a plan's costs, what they are divided by and then counted in."""
 
 
 def plan_of(bundle: Bundle) -> Mapping[str, Any] | None:
@@ -26,7 +28,8 @@ def plan_of(bundle: Bundle) -> Mapping[str, Any] | None:
 
 def plan_report(plan: Mapping[str, Any]) -> Group:
     """What the plan costs beside the simple ways out; every space with its orders and demands; every layer."""
-    parts: list[RenderableType] = [heading("The plan, in modelled multiply-adds"), _costs(plan), ""]
+    scale, unit = _UNITS[plan.get("unit", "MACs")]
+    parts: list[RenderableType] = [heading("The plan"), _costs(plan, scale, unit), ""]
     for number, space in enumerate(plan["spaces"]):
         parts += [heading(f"space {number}: {space['channels']} channels"), *_space(space), ""]
     layers = grid(["layer", "groups", "run", "cost", "with all groups, between its shuffles", "dense"], left=(0,))
@@ -34,18 +37,18 @@ def plan_report(plan: Mapping[str, Any]) -> Group:
         others = layer["alternatives"]
         layers.add_row(
             Text(layer["name"]),
-            *(str(layer["groups"]), str(layer["runs"]), _million(layer["cost"])),
-            *(_million(others["its groups and its shuffles"]), _million(others["dense"])),
+            *(str(layer["groups"]), str(layer["runs"]), _scaled(layer["cost"], scale)),
+            *(_scaled(others["its groups and its shuffles"], scale), _scaled(others["dense"], scale)),
         )
-    return Group(*parts, heading("Layers with groups (M multiply-adds)"), layers)
+    return Group(*parts, heading(f"Layers with groups ({unit})"), layers)
 
 
-def _costs(plan: Mapping[str, Any]) -> RenderableType:
-    proof = "no plan costs less" if plan["exact"] else f"no plan costs less than {_million(plan['bound'])} M"
-    lines = [f"{_million(plan['cost'])} M: {proof}."]
+def _costs(plan: Mapping[str, Any], scale: float, unit: str) -> RenderableType:
+    proof = "no plan costs less" if plan["exact"] else f"no plan costs less than {_scaled(plan['bound'], scale)} {unit}"
+    lines = [f"{_scaled(plan['cost'], scale)} {unit}: {proof}."]
     for way, cost in plan["alternatives"].items():
         more = f"{cost / plan['cost']:.2f} times as much" if cost and plan["cost"] else "not possible here"
-        lines.append(f"To {way} would cost {_million(cost)} M, {more}." if cost else f"To {way} is {more}.")
+        lines.append(f"To {way} would cost {_scaled(cost, scale)} {unit}, {more}." if cost else f"To {way} is {more}.")
     return paragraph(" ".join(lines))
 
 
@@ -66,8 +69,8 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:5])} and {len(names) - 5} more"
 
 
-def _million(cost: float | None) -> str:
-    return "–" if cost is None else f"{cost / 1e6:.2f}"
+def _scaled(cost: float | None, scale: float) -> str:
+    return "–" if cost is None else f"{cost / scale:.2f}"
 
 
 def plan_dot(bundle: Bundle) -> str:

@@ -251,10 +251,32 @@ def _equality(bundle: Bundle) -> Iterator[tuple[str, str]]:
     for precision, model in sorted(bundle.models.items()):
         if "keep_float" in model:
             yield "Kept in float", f"{precision}: {', '.join(model['keep_float'])}"
-        if "packed" in model:
-            yield "Packed", f"{precision}: groups of {len(model['packed'])} layers widened to what it needs"
+    yield from _tuning(bundle)
     for name, reason in sorted(bundle.verification.get("not_run", {}).items()):
         yield name, f"not run here: {reason}"
+
+
+def _tuning(bundle: Bundle) -> Iterator[tuple[str, str]]:
+    """By which form layers run on each target, how that was decided, and what it came to as a whole."""
+    for name, tuning in bundle.verification.get("tuning", {}).items():
+        layers = tuning["layers"]
+        other = sum((layer["runs"], layer["parts"]) != (layer["groups"], 1) for layer in layers)
+        if not layers:
+            continue
+        how = "measured" if tuning["source"] == "measured" else "expected to be fastest; --tune measures"
+        yield f"{name} runs", f"{other} of {_plural(len(layers), 'layer')} with groups in another form ({how})"
+        whole = tuning.get("whole", {})
+        if "ratio" in whole:
+            ratio = whole["ratio"]
+            speed = f"{whole['challenger']}: {ratio['value']:.3f} times as fast as untuned"
+            yield (
+                "  as a whole",
+                f"{speed} (95% interval {ratio['low']:.3f} to {ratio['high']:.3f}); {whole['reason']}",
+            )
+        elif "reason" in whole:
+            yield "  as a whole", whole["reason"]
+        if tuning.get("unmeasured"):
+            yield "  no time for", "; ".join(tuning["unmeasured"])
 
 
 def _engines(bundle: Bundle) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,164 @@
+"""What the time of a convolution depends on, and the exact ways to run one that has groups.
+
+A convolution of G groups can run as g groups for every divisor g of G: each of the g holds G/g neighbouring ones with
+zeros between them (*packing*; g = 1 is dense). Or its g groups run side by side as g dense convolutions of a slice each
+(*split*), for runtimes whose kernels for groups are poor. All are exact: they add products with 0 alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
+from math import prod
+from typing import TypeAlias
+
+from torch import fx
+from torch.nn.modules.conv import _ConvNd
+
+from foldgroup.forms import CONVS
+from foldgroup.trace import called_module, shape_of
+
+MOST_PARTS = 8
+"""Convolutions that a split one may become. Each is a launch, a slice and a part of a concatenation."""
+
+
+@dataclass(frozen=True, order=True)
+class Execution:
+    """How a convolution runs: as ``groups`` groups in one, or, if ``parts`` > 1, as that many convolutions beside each
+    other with ``groups / parts`` groups each.
+    """
+
+    groups: int
+    parts: int = 1
+
+    def __str__(self) -> str:
+        if self.parts == 1:
+            return "dense" if self.groups == 1 else f"{self.groups} groups"
+        return f"{self.parts} convolutions side by side"
+
+
+@dataclass(frozen=True, order=True)
+class ConvShape:
+    """A convolution of ``in_channels`` × ``size`` (one image's extent) with a bias, and what it is fused with.
+
+    Entry i of ``kernel``, ``stride``, ``padding`` (on both ends), ``dilation`` and ``size`` is of spatial dimension i.
+    """
+
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def out_size(self) -> tuple[int, ...]:
+        """Extent of the result."""
+        dimensions = zip(self.size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in dimensions)
+
+    @property
+    def depthwise(self) -> bool:
+        """One input and one output a group."""
+        return self.groups == self.in_channels == self.out_channels
+
+    @property
+    def weights(self) -> int:
+        """Entries of the kernel."""
+        return self.out_channels * (self.in_channels // self.groups) * prod(self.kernel)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds for one image."""
+        return self.weights * prod(self.out_size)
+
+    @property
+    def values(self) -> int:
+        """Activations read and written for one image."""
+        return self.in_channels * prod(self.size) + self.out_channels * prod(self.out_size)
+
+    def run_as(self, groups: int) -> ConvShape:
+        """The same convolution packed into ``groups`` groups, a divisor of its own."""
+        return replace(self, groups=groups)
+
+    @property
+    def executions(self) -> tuple[Execution, ...]:
+        """The exact ways to run it: its own groups first, then ever wider ones, then splits."""
+        packed = tuple(Execution(g) for g in range(self.groups, 0, -1) if self.groups % g == 0)
+        return packed + tuple(Execution(e.groups, e.groups) for e in packed if 1 < e.groups <= MOST_PARTS)
+
+    def key(self) -> str:
+        """As a string that is the same for equal shapes; :func:`shape_from_key` reads it."""
+        return json.dumps(astuple(self), separators=(",", ":"))
+
+    def __str__(self) -> str:
+        kernel, size = ("×".join(map(str, extent)) for extent in (self.kernel, self.size))
+        strides = "" if set(self.stride) == {1} else f" stride {'×'.join(map(str, self.stride))}"
+        return f"{self.in_channels}→{self.out_channels} {kernel}{strides} at {size}, {self.groups} groups"
+
+
+Choose: TypeAlias = Callable[[str, Sequence[ConvShape], Sequence[Execution]], Execution]
+"""Of several executions of the layer of that name and these calls, the one to run. The first is nearest to the groups
+that it has."""
+
+
+@dataclass(frozen=True, order=True)
+class ShuffleShape:
+    """A channel shuffle of ``channels`` × ``size``, which has one execution."""
+
+    channels: int
+    size: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"shuffle of {self.channels} channels at {'×'.join(map(str, self.size))}"
+
+    @property
+    def values(self) -> int:
+        """Activations read and written for one image."""
+        return 2 * self.channels * prod(self.size)
+
+    def key(self) -> str:
+        """As a string that is the same for equal shapes; :func:`shape_from_key` reads it."""
+        return json.dumps(astuple(self), separators=(",", ":"))
+
+
+def shape_from_key(key: str) -> ConvShape | ShuffleShape:
+    """The shape that gave ``key``.
+
+    Raises:
+        ValueError: if none did.
+    """
+    fields = json.loads(key)
+    if not isinstance(fields, list) or not fields:
+        raise ValueError(f"{key!r} is no key of a layer")
+    numbers = [n for n in fields if isinstance(n, int) and n > 0]
+    extents = [tuple(e) for e in fields if isinstance(e, list) and all(isinstance(n, int) for n in e)]
+    if [*numbers, *map(list, extents)] == fields:
+        if (len(numbers), len(extents)) == (1, 1):
+            return ShuffleShape(numbers[0], extents[0])
+        if (len(numbers), len(extents)) == (3, 5):
+            return ConvShape(numbers[0], numbers[1], numbers[2], *extents)
+    raise ValueError(f"{key!r} is no key of a layer")
+
+
+def conv_shape(node: fx.Node, conv: _ConvNd) -> ConvShape:
+    """The shape of ``conv`` where ``node`` calls it on [N, C, …]."""
+    ends = conv._reversed_padding_repeated_twice  # for each dimension, the last first, both ends
+    padding = tuple(max(ends[i], ends[i + 1]) for i in range(0, len(ends), 2))[::-1]
+    size = shape_of(node.all_input_nodes[0])[-len(conv.kernel_size) :]
+    extents = (conv.kernel_size, conv.stride, padding, conv.dilation, size)
+    return ConvShape(conv.in_channels, conv.out_channels, conv.groups, *(tuple(map(int, extent)) for extent in extents))
+
+
+def grouped_convs(graph: fx.GraphModule) -> dict[str, tuple[ConvShape, ...]]:
+    """Every convolution of ``graph`` with groups that is one of torch's own, with its shape at every call."""
+    found: dict[str, tuple[ConvShape, ...]] = {}
+    for node in graph.graph.nodes:
+        layer = called_module(graph, node)
+        if isinstance(layer, _ConvNd) and type(layer) in CONVS and layer.groups > 1:
+            target = str(node.target)
+            found[target] = (*found.get(target, ()), conv_shape(node, layer))
+    return found
