@@ -1,0 +1,155 @@
+"""Fit the shipped cost models to the committed packing curves, and say how good they are.
+
+    python -m bench.fit_costs
+
+Reads ``results/packing_*.json`` and writes ``foldgroup/tuning/models.json`` and ``results/packing.md``; a test checks
+that both are up to date. A model is judged on shapes that it was not fitted to: the families of shapes are dealt into
+:data:`FOLDS` parts, and each part is predicted from the others. For every layer and number of learned groups G, the
+*winner* is the execution measured fastest of those open to G.
+
+* *picks the winner*: how often the model names it, or one within 2 % of it;
+* *regret*: how much longer than the winner the model's pick takes, on average; and the same for never packing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from foldgroup.conv_shape import ConvShape, Execution, ShuffleShape
+from foldgroup.planning.cost import BYTES
+from foldgroup.tuning import model as models
+from foldgroup.tuning.database import read_export
+from foldgroup.tuning.model import CLASSES, CostModel, class_of, features
+from foldgroup.tuning.table import CostTable
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = Path(models.__file__).with_name(models.MODELS)
+REPORT = RESULTS / "packing.md"
+FOLDS = 8
+MARGINS = (1.01, 1.05, 1.1, 1.2)
+FAR = 20.0
+"""Executions that take so many times as long as the winner are left out of the fit: nobody would run them."""
+AS_GOOD = 1.02
+
+Curves = Mapping[ConvShape, Mapping[Execution, float]]
+
+
+def fit(curves: Curves, lanes: int) -> dict[str, list[float]]:
+    """Coefficients by class: least squares of predicted over measured time less one, none negative."""
+    rows: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in CLASSES}
+    for dense, times in curves.items():
+        for e, ns in times.items():
+            if e.parts == 1 and ns < FAR * min(times.values()):
+                shape = dense.run_as(e.groups)
+                rows[class_of(shape, lanes)].append(np.array(features(shape, lanes)) / ns)
+    return {name: [float(f"{c:.4g}") for c in _non_negative(np.array(found))] for name, found in rows.items()}
+
+
+def _non_negative(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The x ≥ 0 that minimises |rows·x − 1|², by coordinate descent; 1 ns each if there is nothing to fit."""
+    if not len(rows):
+        return np.ones(len(features(ConvShape(1, 1, 1, (1,), (1,), (0,), (1,), (1,)), 1)))
+    scale = np.maximum(np.abs(rows).max(axis=0), 1e-300)
+    gram, target = (rows / scale).T @ (rows / scale), (rows / scale).sum(axis=0)
+    x = np.zeros(len(scale))
+    for _ in range(5000):
+        before = x.copy()
+        for j in range(len(x)):
+            x[j] = max(0.0, x[j] + (target[j] - gram[j] @ x) / max(gram[j, j], 1e-300))
+        if np.abs(x - before).max() < 1e-10:
+            break
+    return x / scale
+
+
+def decisions(curves: Curves, table: CostTable) -> Iterator[tuple[float, float, float]]:
+    """For every layer and G: the measured times of the winner, of what ``table`` picks, and of G groups."""
+    for dense, times in curves.items():
+        for groups in sorted({e.groups for e in times if e.parts == 1} - {1}):
+            shape = dense.run_as(groups)
+            open_to = [e for e in shape.executions if e in times]
+            if len(open_to) > 1:
+                pick = table.best([shape], [e for e in open_to if e.parts == 1])
+                yield min(times[e] for e in open_to), times[pick], times[Execution(groups)]
+
+
+def judge(curves: Curves, lanes: int, margin: float) -> dict[str, float]:
+    """The model's quality on families that it was not fitted to."""
+    families, found = list(curves), []
+    for fold in range(FOLDS):
+        held = {shape: curves[shape] for shape in families[fold::FOLDS]}
+        rest = {shape: times for shape, times in curves.items() if shape not in held}
+        model = CostModel(fit(rest, lanes), 0.0, margin, lanes)
+        found += list(decisions(held, model.table(shape.run_as(max(e.groups for e in held[shape])) for shape in held)))
+    winner, picked, nominal = np.array(found).T
+    return {
+        "decisions": len(found),
+        "picks_the_winner": round(float((picked <= AS_GOOD * winner).mean()), 4),
+        "regret": round(float((picked / winner).mean() - 1), 4),
+        "regret_of_never_packing": round(float((nominal / winner).mean() - 1), 4),
+    }
+
+
+def build() -> tuple[dict[str, Any], str]:
+    """The models, and the report in Markdown."""
+    documents, lines = {}, []
+    for path in sorted(RESULTS.glob("packing_*_*.json")):
+        found = read_export(path)
+        setting = next(iter(found))[0]
+        curves = {
+            shape: {e: t.ns for e, t in ts.items()} for (_, shape), ts in found.items() if isinstance(shape, ConvShape)
+        }
+        (shuffled,) = (
+            next(iter(ts.values())).ns / (BYTES * shape.values)
+            for (_, shape), ts in found.items()
+            if isinstance(shape, ShuffleShape)
+        )
+        lanes = models.SHORT if "avx512f" not in setting.processor else models.LANES["avx512f"]
+        margin = min(MARGINS, key=lambda margin: judge(curves, lanes, margin)["regret"])
+        quality = judge(curves, lanes, margin)
+        splits = sum(min(times, key=lambda e: times[e]).parts > 1 for times in curves.values())
+        name = f"{setting.target} {setting.precision}"
+        documents[name] = {
+            "coefficients": fit(curves, lanes),
+            "margin": margin,
+            "ns_per_byte": float(f"{shuffled:.4g}"),
+            "fitted_to": {"processor": setting.processor, "version": setting.version, "families": len(curves)},
+            "held_out": quality,
+        }
+        share, regret, never = (f"{quality[key]:.1%}" for key in list(quality)[1:])
+        lines.append(
+            f"| {name} | {setting.version} | {len(curves)} | {quality['decisions']} | {share} | {regret} | {never} | "
+            f"{margin - 1:.0%} | {splits} |"
+        )
+    return documents, "\n".join([*_head(), *lines]) + "\n"
+
+
+def _head() -> list[str]:
+    return [
+        "# How good the shipped cost models are",
+        "",
+        "By `python -m bench.fit_costs`, from the curves of `python -m bench.packing` (one thread, batch 1). On",
+        "families of shapes that a model was not fitted to: how often it picks the execution measured fastest, or one",
+        "within 2 % of it; how much longer its picks take than the fastest, on average; the same for never packing.",
+        "",
+        "| target | version | families | decisions | picks the winner | regret | regret of never packing | margin "
+        "| families where a split was fastest |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+
+
+def main() -> None:
+    """Write the models and the report."""
+    documents, report = build()
+    MODELS.write_text(json.dumps(documents, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    REPORT.write_text(report, encoding="utf-8")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()
