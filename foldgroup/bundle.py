@@ -17,9 +17,10 @@ golden.safetensors    inputs and the training form's float64 outputs         ver
 verification.json     what was measured, and on which machine                –
 ====================  =====================================================  ==================
 
-Equal checkpoints and options give byte-equal files down to preprocessing.json; with int8, on one kind of processor and
-with one version of the quantiser, which the manifest names. Engine builders are not deterministic and the last bits of
-float64 sums depend on the processor, so the other files are outside that promise.
+Equal checkpoints, options and vector widths give byte-equal files down to preprocessing.json; with ``--tune``, equal
+times; with int8, on one kind of processor and with one version of the quantiser, which the manifest names. Engine
+builders are not deterministic and the last bits of float64 sums depend on the processor, so the other files are outside
+that promise.
 """
 
 from __future__ import annotations

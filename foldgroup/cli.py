@@ -365,12 +365,12 @@ def train(folder: Path, output: Path, resume: bool, **settings: Any) -> None:
 
 @contextmanager
 def _progress(verb: str) -> Iterator[Callable[[str], None]]:
-    """A spinner with the last finished step on a terminal; silent elsewhere."""
+    """A spinner with the last finished step, or the one that ends in "…", on a terminal; silent elsewhere."""
     from rich.console import Console
 
     console = Console(stderr=True)
     with console.status(f"{verb}: starting") as status:
-        yield lambda step: status.update(f"{verb}: {step} done")
+        yield lambda step: status.update(f"{verb}: {step}" if step.endswith("…") else f"{verb}: {step} done")
 
 
 def _show(result: Any) -> None:

@@ -65,6 +65,7 @@ def compile(
     emit: Sequence[str] = (),
     bake_preprocessing: bool = False,
     packing: bool = True,
+    vector_width: int | None = None,
     tune: bool = False,
     tune_budget: float = 60.0,
     threads: int | None = 1,
@@ -93,10 +94,11 @@ def compile(
     built for. ``gpu`` names the compute capabilities of TensorRT-RTX's, such as sm89; ``engine_settings`` holds the
     rest, but for the batch. TensorRT's timing cache is by default ``<output>.timing``, beside the bundle.
 
-    Convolutions with groups run in the exact form that is expected to be fastest on each target. ``tune`` measures that
-    here, for about ``tune_budget`` seconds, with ``threads`` (None for the runtime's choice) and the typical batch, and
-    keeps the times in ``tuning_db``; the result is compared whole, so it is never slower than without. ``packing``
-    False keeps the groups that were learned.
+    Convolutions with groups run in the exact form that is expected to be fastest on each target, for a CPU whose
+    vectors hold ``vector_width`` float32 values, by default this one's. ``tune`` measures that here, for about
+    ``tune_budget`` seconds, with ``threads`` (None for the runtime's choice) and the typical batch, and keeps the times
+    in ``tuning_db``; the result is compared whole, so it is never slower than without. ``packing`` False keeps the
+    groups that were learned.
 
     ``emit`` may name ``triton``, for a Triton Inference Server model repository in the bundle. ``bake_preprocessing``
     adds ``model.image.onnx``, which takes images as they are decoded. ``on_step`` is told the name of each step as it
@@ -115,9 +117,8 @@ def compile(
     _check_options(chosen, precisions, keep_float, emit, engine_settings, calibrated=calibrate is not None)
     if tune and not packing:
         raise TuningError("--tune looks for the fastest packing, --no-packing keeps what was learned: give one of them")
-    tuning = TuningOptions(
-        packing, tune, tune_budget, threads, _typical(batch), None if tuning_db is None else Path(tuning_db)
-    )
+    database = None if tuning_db is None else Path(tuning_db)
+    tuning = TuningOptions(packing, tune, tune_budget, threads, _typical(batch), database, vector_width)
     fixed, place = batch if isinstance(batch, int) else None, output.absolute()
     settings = replace(
         engine_settings,

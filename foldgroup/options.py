@@ -196,6 +196,12 @@ engine_options = _group(
 
 tuning_options = _group(
     click.option("--no-packing", is_flag=True, help="Run every layer with the groups that it learned."),
+    click.option(
+        "--vector-width",
+        type=click.Choice(["4", "8", "16"]),
+        callback=lambda _, __, value: None if value is None else int(value),
+        help="Float32 values in a vector of the CPU it will run on: 16 for AVX-512, 8 for AVX2.  [default: this CPU's]",
+    ),
     click.option("--tune", is_flag=True, help="Measure here which exact form of every layer is fastest, and use it."),
     click.option(
         "--tune-budget",

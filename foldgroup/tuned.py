@@ -50,6 +50,8 @@ class TuningOptions:
     threads: int | None = 1
     batch: int = 1
     database: Path | None = None
+    vector_width: int | None = None
+    """Of the CPU that expected times are for, in float32 values; by default this one's."""
 
 
 class Costs:
@@ -62,7 +64,7 @@ class Costs:
         self.table = CostTable()
         self.asked = False
         self.tuner: Tuner | None = None
-        model = model_for(variant)
+        model = model_for(variant, options.vector_width)
         if options.measure:
             self.tuner = Tuner(
                 variant,
@@ -72,7 +74,7 @@ class Costs:
                 options.threads,
                 options.batch,
                 options.seconds,
-                lambda share, what: on_step(f"{variant}, {share:.0%} timed, {what}"),
+                lambda share, what: on_step(f"tuning for {variant}, {share:.0%}: {what}…"),
             )
         self._model = model if options.pack else None
 
@@ -230,7 +232,7 @@ class NetworkTuner:
         confirmed = "every layer runs as it would untuned" if TUNED not in forms else ""
         if len(forms) == 1:
             return Tuned(variant, tuned, tuner, reason=confirmed)
-        self.on_step(f"{variant}, whole networks")
+        self.on_step(f"tuning for {variant}: whole networks…")
         whole = self._time(variant, forms)
         if whole.winner == UNTUNED:
             lost = "the untuned network is kept: nothing is faster as a whole beyond the noise"
