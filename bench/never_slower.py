@@ -72,7 +72,7 @@ def compare(seed: int, folder: Path, variant: Variant, seconds: float) -> dict[s
             target=[f"{variant.target.name}:{variant.precision}"],
             engine=False,
             tuning_db=folder / "tuning.sqlite",
-            tune_budget=30.0,
+            tune_budget=12.0,
             **options,
         )
         contents[name] = bundles[name].content(variant)
