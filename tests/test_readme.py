@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -39,6 +40,7 @@ def test_every_other_command_is_foldgroups() -> None:
 
 def test_the_commands_on_the_example_work_in_the_order_given(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    environment = {**os.environ, "FOLDGROUP_TUNING_DB": str(tmp_path / "tuning.sqlite")}
     ran = []
     for command in COMMANDS:
         if not command.startswith("uv run foldgroup") or "FOLDER" in command:
@@ -46,9 +48,11 @@ def test_the_commands_on_the_example_work_in_the_order_given(tmp_path: Path) -> 
         line = [sys.executable, "-m", "foldgroup.cli", *shlex.split(command)[3:]]
         if "bench" in line:
             line[line.index("--seconds") + 1] = "1"
-        result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+        if "--tune-budget" in line:
+            line[line.index("--tune-budget") + 1] = "2s"
+        result = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
         assert result.stdout.strip()
         ran.append(line[3])
     assert ran[:6] == ["compile", "inspect", "verify", "bench", "explain", "bisect"]
-    assert ran[6:] == ["compile", "verify", "bench", "run", "compile"]
+    assert ran[6:] == ["compile", "tune", "compile", "verify", "bench", "run", "compile"]
