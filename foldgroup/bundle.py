@@ -15,6 +15,7 @@ model.rtx.plan, …     engines, precisions named as above                     e
 triton/               a Triton Inference Server model repository             engines.json
 golden.safetensors    inputs and the training form's float64 outputs         verification.json
 verification.json     what was measured, and on which machine                –
+report.html           all of this for people, on one page                    –
 ====================  =====================================================  ==================
 
 Equal checkpoints, options and vector widths give byte-equal files down to preprocessing.json; with ``--tune``, equal
@@ -43,6 +44,7 @@ SCHEMA = 1
 MANIFEST, PASSES, PREPROCESSING = "manifest.json", "passes.json", "preprocessing.json"
 IMAGE_MODEL = "model.image.onnx"
 ENGINES, GOLDEN, VERIFICATION = "engines.json", "golden.safetensors", "verification.json"
+REPORT = "report.html"
 
 
 def to_json(document: Any) -> bytes:

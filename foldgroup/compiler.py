@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,7 +22,7 @@ from foldgroup.emit.engine import Engine
 from foldgroup.emit.preprocess import with_preprocessing
 from foldgroup.emit.quantize import Calibration
 from foldgroup.engines import EngineSettings, build, entry
-from foldgroup.equivalence import TierResult, first_layer_over
+from foldgroup.equivalence import TierResult, first_layer_over, seeded_inputs
 from foldgroup.errors import BundleError, CheckpointError, EquivalenceError, TargetError, TraceError, TuningError
 from foldgroup.folding import check_float64, fold, input_shape_of, shape_like
 from foldgroup.golden import Golden
@@ -31,12 +33,18 @@ from foldgroup.manifest import manifest_of
 from foldgroup.measure import machine
 from foldgroup.own_model import ModelSource
 from foldgroup.pipeline import PassRecord, Pipeline
+from foldgroup.profiling import profile
+from foldgroup.profiling.limits import RUNTIMES
+from foldgroup.report.page import report_page
 from foldgroup.targets import Variant, choose, missing
 from foldgroup.tiers import Tiers, layer_errors, rounded_tier, run_tiers, stand_in
 from foldgroup.tuned import Costs, NetworkTuner, Tuned, TuningOptions, plans_of
 
 CALIBRATION_IMAGES = 256
 """Images that int8 is calibrated on, unless told otherwise."""
+
+PROFILE_SECONDS = 1.5
+"""Time to look where the time goes in; loading and, once a process, the machine's limits come to that."""
 
 WORST_LAYERS = 5
 """How many layers ``verification.json`` names for each precision."""
@@ -239,14 +247,16 @@ def compile(
         _judge(path, tier, errors.get(tier.precision, {}))
     repository = Repository()
     if TRITON in emit:
+        served = dict(models)
         if preprocessing is not None and bake_preprocessing:
-            baked = {v: with_preprocessing(model, preprocessing) for v, model in models.items() if v not in engines}
-            models |= baked
-        repository = triton(served_name(output.name), models, engines, classes=classes, batch=settings.batch)
+            served |= {v: with_preprocessing(model, preprocessing) for v, model in models.items() if v not in engines}
+        repository = triton(served_name(output.name), served, engines, classes=classes, batch=settings.batch)
         clock("Triton repository")
 
     names = {variant: _file(variant.precision, first, variant.target.suffix) for variant in built}
     golden_file = golden.save()
+    profiled = _profiled(models, ran, shape, threads)
+    clock("profile")
     documents = {
         files.MANIFEST: manifest,
         files.ENGINES: {
@@ -262,6 +272,7 @@ def compile(
             "runtimes": tiers.runtimes,
             "not_run": tiers.not_run,
             "tuning": tunings,
+            **({} if profiled is None else {"profile": profiled}),
             "worst_layers": {name: _worst(own) for name, own in errors.items()},
             "machine": machine(),
             "golden": {"file": files.GOLDEN, **file_entry(golden_file)},
@@ -274,6 +285,7 @@ def compile(
         **repository.files,
         files.GOLDEN: golden_file,
         **{name: to_json(document) for name, document in documents.items()},
+        files.REPORT: _report(output.name, content, documents),
     }
     result = write_bundle(output, written, force=force)
     clock("bundle")
@@ -315,6 +327,31 @@ def _same(key: str, other: Form, variant: Variant, form: Form) -> bool:
 def _typical(batch: int | tuple[int, int, int] | None) -> int:
     """The batch that is tuned for."""
     return batch if isinstance(batch, int) else 1 if batch is None else batch[1]
+
+
+def _profiled(
+    models: Mapping[Variant, bytes], ran: Tiers, shape: tuple[int, ...], threads: int | None
+) -> dict[str, Any] | None:
+    """Where the time of the first network goes that ran here on the processor; None if none did."""
+    for variant, model in models.items():
+        if variant.target.name in RUNTIMES and str(variant) in ran.results:
+            inputs = seeded_inputs(shape).numpy()
+            return profile(variant, model, inputs, threads or os.cpu_count() or 1, seconds=PROFILE_SECONDS).as_dict()
+    return None
+
+
+def _report(name: str, content: Mapping[str, bytes], documents: Mapping[str, Any]) -> bytes:
+    """The page for people, from what the other files hold."""
+    read = {key: json.loads(content[key]) for key in (files.PASSES, files.PREPROCESSING)}
+    page = report_page(
+        name,
+        documents[files.MANIFEST],
+        read[files.PASSES],
+        documents[files.VERIFICATION],
+        documents[files.ENGINES],
+        read[files.PREPROCESSING],
+    )
+    return page.encode()
 
 
 def _worst(errors: Mapping[str, float]) -> list[dict[str, Any]]:

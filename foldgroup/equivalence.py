@@ -60,13 +60,19 @@ LIMITS: Mapping[str, Limits] = {
 """Tier 3, by precision."""
 
 
+HISTOGRAM_FROM, HISTOGRAM_TO = -9, 1
+"""Powers of ten at which the first bin of an error histogram ends and its last begins, the latter not included."""
+
+
 @dataclass(frozen=True)
 class ErrorStatistics:
     """How far outputs are from a float64 reference, relative to the largest |reference|.
 
     ``max_error`` is also the smallest tolerance that would have passed. ``top1_agreement`` is the share of the N images
     whose largest logit is the same, ``top5_agreement`` the share of the reference's five largest that are among ours;
-    both are None unless there is one output, [N, classes].
+    both are None unless there is one output, [N, classes]. ``histogram`` counts errors by decade: entry i those from
+    10^(i + HISTOGRAM_FROM − 1) to below 10^(i + HISTOGRAM_FROM), the first also all that are smaller, the last all that
+    are larger.
     """
 
     images: int
@@ -75,6 +81,7 @@ class ErrorStatistics:
     median_error: float
     top1_agreement: float | None
     top5_agreement: float | None
+    histogram: tuple[int, ...] = ()
 
     @classmethod
     def of_all(cls, outputs: Sequence[Array], reference: Sequence[Array]) -> ErrorStatistics:
@@ -95,6 +102,7 @@ class ErrorStatistics:
             median_error=max(one.median_error for one in each),
             top1_agreement=None,
             top5_agreement=None,
+            histogram=tuple(map(sum, zip(*(one.histogram for one in each), strict=True))),
         )
 
     @classmethod
@@ -117,6 +125,7 @@ class ErrorStatistics:
             median_error=float(np.median(errors)),
             top1_agreement=_common_top(outputs, reference, 1) if reference.ndim == 2 else None,
             top5_agreement=_common_top(outputs, reference, 5) if reference.ndim == 2 else None,
+            histogram=_by_decade(errors),
         )
 
     @property
@@ -165,6 +174,11 @@ class TierResult:
     def as_dict(self) -> dict[str, Any]:
         """For ``verification.json``."""
         return {**self.statistics.as_dict(), "limits": asdict(self.limits), "passed": bool(self)}
+
+
+def _by_decade(errors: Array) -> tuple[int, ...]:
+    edges = 10.0 ** np.arange(HISTOGRAM_FROM, HISTOGRAM_TO)
+    return tuple(np.bincount(np.digitize(errors.ravel(), edges), minlength=len(edges) + 1).tolist())
 
 
 def _common_top(outputs: Array, reference: Array, k: int) -> float:

@@ -7,11 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import quick
 from tiny import SIZE, tiny_network
 from torch import nn
 
 from foldgroup.certificate import certify
 from foldgroup.equivalence import (
+    HISTOGRAM_FROM,
+    HISTOGRAM_TO,
     LIMITS,
     ErrorStatistics,
     TierResult,
@@ -157,3 +160,15 @@ def test_agreement_is_judged_on_enough_images_only() -> None:
     assert TierResult("t", swapped, LIMITS["bf16"])
     many = ErrorStatistics.of(np.tile(reference[:, ::-1], (60, 1)), np.tile(reference, (60, 1)))
     assert not TierResult("t", many, LIMITS["bf16"])
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=50))
+@quick(60)
+def test_the_histogram_counts_every_error_in_its_decade(errors):
+    reference = np.ones((len(errors), 1))
+    statistics = ErrorStatistics.of(reference + np.array(errors)[:, None], reference)
+    assert sum(statistics.histogram) == len(errors)
+    assert len(statistics.histogram) == HISTOGRAM_TO - HISTOGRAM_FROM + 1
+    for power in range(HISTOGRAM_FROM, HISTOGRAM_TO):
+        above = sum(statistics.histogram[power - HISTOGRAM_FROM + 1 :])
+        assert above == sum((1 + error) - 1 >= 10.0**power for error in errors)
