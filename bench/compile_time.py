@@ -29,7 +29,7 @@ def compile_once(arch: str, seed: int, engine: bool) -> dict[str, Any]:
         subprocess.run(synthetic, check=True)
         options = ["--gpu", GPUS] if engine else ["--no-engine"]
         command = [sys.executable, "-m", "foldgroup.cli", "compile", str(checkpoint), "-o", str(bundle), *options]
-        seconds, peak = _run(command)
+        seconds, peak = run_measured(command)
         manifest, verification, engines = (
             json.loads((bundle / name).read_text(encoding="utf-8"))
             for name in ("manifest.json", "verification.json", "engines.json")
@@ -46,6 +46,8 @@ def compile_once(arch: str, seed: int, engine: bool) -> dict[str, Any]:
                 {key: entry[key] for key in ("file", "bytes", "builder", "version", "compute_capabilities")}
                 for entry in engines["engines"]
             ],
+            "params": manifest["params"],
+            "channels": [layer["in_channels"] for layer in manifest["layers"]],
             "groups": [layer["groups"] for layer in manifest["layers"]],
             "shuffles_inserted": manifest["shuffles"]["inserted"],
             "shuffles_kept": len(manifest["shuffles"]["kept"]),
@@ -54,7 +56,7 @@ def compile_once(arch: str, seed: int, engine: bool) -> dict[str, Any]:
         }
 
 
-def _run(command: list[str]) -> tuple[float, int]:
+def run_measured(command: list[str]) -> tuple[float, int]:
     """Wall seconds and the peak of resident memory in bytes of a command and what it starts; needs POSIX."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -10,6 +10,9 @@ Speed and memory do not depend on what a network has learned but for its group c
   3). These meet it exactly, and as low layers have larger images, they have more multiply-adds than 32 uniform groups.
 
     python -m bench.synthetic g_resnext50 checkpoint.pt --budget 32
+
+A network is a registered builder's name, or "3-4-23-3x128": the blocks of each stage and the width of the first, which
+doubles from stage to stage, with twice as many channels between blocks, for images of 32×32.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +30,7 @@ from torchvision.models import get_model
 
 import foldgroup.nn  # registers the G-ResNeXt builders
 from foldgroup.checkpoint import Preprocessing, save_checkpoint
+from foldgroup.nn.resnext import BottleneckConfig, GroupableResNet, StageConfig
 
 TENDENCY, SPREAD = 0.5, 0.7
 """How far the mean of log2 G lies below that of b in the first layer and above it in the last, and its deviation."""
@@ -73,14 +78,25 @@ def set_groups(layer: foldgroup.nn.DGConv2d, groups: int, draw: random.Random) -
         layer.gate.copy_(torch.tensor([-1e-2 if k in zeros else 1e-2 for k in range(len(layer.gate))]))
 
 
+def build(arch: str) -> GroupableResNet:
+    """The network of that name (see the top of this module)."""
+    described = re.fullmatch(r"([0-9]+(?:-[0-9]+){0,3})x([0-9]+)", arch)
+    if described is None:
+        registered: GroupableResNet = get_model(arch)
+        return registered
+    blocks, width = [int(n) for n in described[1].split("-")], int(described[2])
+    stages = tuple(StageConfig(n, width << i, 2 * width << i) for i, n in enumerate(blocks))
+    return GroupableResNet(BottleneckConfig("cifar", stages, stem_channels=min(width, 64), num_classes=10))
+
+
 def write_checkpoint(path: Path, arch: str, seed: int = 0, budget: int | None = None) -> None:
-    """Write a checkpoint of the registered network ``arch`` in foldgroup's own layout, the same for the same seed.
+    """Write a checkpoint of the network ``arch`` in foldgroup's own layout, the same for the same seed.
 
     Gates are fair coins, or meet the ``budget`` b. The last batch norm of a block is scaled down, as trained ones are,
     or the activations of a hundred layers would overflow.
     """
     torch.manual_seed(seed)
-    model = get_model(arch)
+    model = build(arch)
     learned = [module for module in model.modules() if isinstance(module, foldgroup.nn.DGConv2d)]
     with torch.no_grad():
         for name, module in model.named_modules():
