@@ -2,7 +2,8 @@
 
 Both are peaks: the best of many short runs, since whatever disturbs one only makes it slower. ``macs_per_ns`` is what
 large dense convolutions and products reach, in the runtime and precision asked for; the fastest kind counts.
-``bytes_per_ns`` is what copies and additions of arrays larger than the caches read and write.
+``bytes_per_ns`` is what copies and additions of large arrays read and write: larger than the caches, up to
+:data:`MOST_CACHE`, since a cache that many processors share is hardly one's own.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ PROBES = (
 
 _FIRST = 16
 """Channels of a probe's input: few, for it counts as no work of the layers and has to be laid out for them."""
+
+MOST_CACHE = 64 << 20
+"""Bytes of cache to outgrow, at most."""
 
 _SECONDS = 0.1
 """For every probe, and for each kind of access to memory."""
@@ -207,8 +211,8 @@ def _bandwidth(threads: int) -> tuple[float, str]:
 
 
 def _cache_bytes() -> int:
-    """Of the largest cache that Linux tells of, at most 256 MiB; 0 elsewhere."""
+    """Of the largest cache that Linux tells of, at most :data:`MOST_CACHE`; 0 elsewhere."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     texts = [path.read_text().strip() for path in sizes]
     kib = [int(text[:-1]) * {"K": 1, "M": 1024}[text[-1]] for text in texts if text[:-1].isdigit() and text[-1] in "KM"]
-    return min(max(kib, default=0) << 10, 256 << 20)
+    return min(max(kib, default=0) << 10, MOST_CACHE)

@@ -11,6 +11,8 @@ from foldgroup.equivalence import HISTOGRAM_FROM
 from foldgroup.report.svg import path, rect, svg, text
 
 WIDTH = 680.0
+LABEL = 24
+"""Characters of a layer's name beside its bar; of a longer one the end is shown."""
 ROWS = 24
 """Bars in one drawing, at most."""
 Layers = Sequence[Mapping[str, Any]]
@@ -67,12 +69,16 @@ def kinds_bar(profile: Mapping[str, Any], learned: set[str]) -> str:
     for i, (kind, (us, limit)) in enumerate(ranked[:8]):
         y = i * 26.0
         body.append(text(0, y + 15, kind))
-        body.append(rect(150, y + 3, 380 * us / total, 16, "one", f"{us / 1e3:.2f} ms"))
+        body.append(rect(150, y + 3, 380 * us / total, 16, "one", _took(us)))
         x = 150 + 380 * limit / total
         body.append(path([(x, y), (x, y + 22)], "mark"))
         end = 156 + 380 * max(us, limit) / total
-        body.append(text(end, y + 15, f"{us / 1e3:.2f} ms, {us / total:.0%}", kind="soft"))
+        body.append(text(end, y + 15, f"{_took(us)}, {us / total:.0%}", kind="soft"))
     return svg(WIDTH, y + 28, "time by kind of layer, and its limit", body)
+
+
+def _took(us: float) -> str:
+    return f"{us:.0f} µs" if us < 1000 else f"{us / 1e3:.2f} ms"
 
 
 def layer_bars(layers: Layers) -> str:
@@ -86,7 +92,7 @@ def _bars(layers: Layers, longest: float) -> str:
     for i, layer in enumerate(layers):
         y = i * 18.0
         name = str(layer["name"])
-        body.append(text(206, y + 12, name if len(name) <= 30 else f"…{name[-29:]}", "end"))
+        body.append(text(206, y + 12, name if len(name) <= LABEL else f"…{name[1 - LABEL :]}", "end"))
         body.append(rect(212, y + 2, 380 * layer["us"] / longest, 12, "one", f"{name}: {layer['us']:.0f} µs"))
         x = 212 + 380 * layer["limit_us"] / longest
         body.append(path([(x, y), (x, y + 16)], "mark"))

@@ -309,5 +309,5 @@ def _scroll(wide: str) -> str:
 
 
 def _name(value: object) -> str:
-    """Escaped; the name of a layer may break after a dot."""
-    return re.sub(r"\.(?=[^\W\d])", ".<wbr>", escape(str(value)))
+    """Escaped; the name of a layer may break before a word of it."""
+    return re.sub(r"([._])(?=[^\W\d_])", r"\1<wbr>", escape(str(value)))
