@@ -96,6 +96,8 @@ class Bundle:
         Keys are precisions, and ``<target> <precision>`` for a target that runs the network in another form.
         """
         models: Mapping[str, Mapping[str, Any]] = self._entry("models")
+        if not isinstance(models, dict) or not all(isinstance(entry, dict) for entry in models.values()):
+            raise BundleError(f"{self.path / MANIFEST}: its models are no list of files; compile again")
         return models
 
     def model(self, variant: Variant) -> Mapping[str, Any]:
@@ -126,7 +128,7 @@ class Bundle:
             EquivalenceError: if the file is not the one that was built.
         """
         if variant.target.takes == "onnx":
-            return self.checked(self.model(variant)["file"], self.manifest["files"])
+            return self.checked(self.model(variant).get("file"), self.manifest["files"])
         entry = self.engine(variant)
         return self.checked(entry["file"], {entry["file"]: entry})
 
@@ -144,12 +146,15 @@ class Bundle:
             f"{self.path}: has no engine for {variant}; compile again with --target {variant.target.name}"
         )
 
-    def checked(self, name: str, recorded: Mapping[str, Any]) -> bytes:
+    def checked(self, name: str | None, recorded: Mapping[str, Any]) -> bytes:
         """The content of the file ``name``, compared with its entry in ``recorded``.
 
         Raises:
+            BundleError: if there is no such entry.
             EquivalenceError: if its SHA-256 is another.
         """
+        if not isinstance(name, str) or name not in recorded:
+            raise BundleError(f"{self.path}: the file {name!r} is not among those compiled; compile again")
         content = self.read(name)
         if file_entry(content)["sha256"] != recorded[name]["sha256"]:
             raise EquivalenceError(f"{self.path / name}: not the file that was compiled (its SHA-256 differs)")

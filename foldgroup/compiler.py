@@ -192,7 +192,7 @@ def compile(
                 "options": options,
                 "notes": checkpoint.notes,
                 "passes": records,
-                "costs": next(iter(choices.values())).plan.table.as_dict(),
+                "costs": next(iter(choices.values())).plan.planned_by.as_dict(),
             }
         ),
         files.PREPROCESSING: to_json({**(asdict(preprocessing) if preprocessing else {}), "classes": list(classes)}),

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import fx
 from torch.nn.modules.conv import _ConvNd
@@ -23,14 +23,26 @@ MOST_PARTS = 8
 """Convolutions that a split one may become. Each is a launch, a slice and a part of a concatenation."""
 
 
+def _whole(number: object) -> bool:
+    """Whether it is a whole number above 0."""
+    return isinstance(number, int) and not isinstance(number, bool) and number > 0
+
+
 @dataclass(frozen=True, order=True)
 class Execution:
     """How a convolution runs: as ``groups`` groups in one, or, if ``parts`` > 1, as that many convolutions beside each
     other with ``groups / parts`` groups each.
+
+    Raises:
+        ValueError: if there can be none such.
     """
 
     groups: int
     parts: int = 1
+
+    def __post_init__(self) -> None:
+        if not (_whole(self.groups) and _whole(self.parts) and self.groups % self.parts == 0):
+            raise ValueError(f"no convolution runs as {self.groups} groups in {self.parts} parts")
 
     def __str__(self) -> str:
         if self.parts == 1:
@@ -43,6 +55,9 @@ class ConvShape:
     """A convolution of ``in_channels`` × ``size`` (one image's extent) with a bias, and what it is fused with.
 
     Entry i of ``kernel``, ``stride``, ``padding`` (on both ends), ``dilation`` and ``size`` is of spatial dimension i.
+
+    Raises:
+        ValueError: if there can be none such.
     """
 
     in_channels: int
@@ -53,6 +68,17 @@ class ConvShape:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     size: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        extents = (self.kernel, self.stride, self.dilation, self.size, tuple(n + 1 for n in self.padding))
+        channels = (self.in_channels, self.out_channels, self.groups)
+        if not (
+            all(map(_whole, (*channels, *(n for extent in extents for n in extent))))
+            and len({len(extent) for extent in extents}) == 1
+            and self.in_channels % self.groups == self.out_channels % self.groups == 0
+            and all(map(_whole, self.out_size))
+        ):
+            raise ValueError(f"there is no convolution {astuple(self)}")
 
     @property
     def out_size(self) -> tuple[int, ...]:
@@ -107,10 +133,18 @@ that it has."""
 
 @dataclass(frozen=True, order=True)
 class ShuffleShape:
-    """A channel shuffle of ``channels`` × ``size``, which has one execution."""
+    """A channel shuffle of ``channels`` × ``size``, which has one execution.
+
+    Raises:
+        ValueError: if there can be none such.
+    """
 
     channels: int
     size: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not (self.size and all(map(_whole, (self.channels, *self.size)))):
+            raise ValueError(f"there is no shuffle of {self.channels} channels at {self.size}")
 
     def __str__(self) -> str:
         return f"shuffle of {self.channels} channels at {'×'.join(map(str, self.size))}"
@@ -131,17 +165,11 @@ def shape_from_key(key: str) -> ConvShape | ShuffleShape:
     Raises:
         ValueError: if none did.
     """
-    fields = json.loads(key)
-    if not isinstance(fields, list) or not fields:
-        raise ValueError(f"{key!r} is no key of a layer")
-    numbers = [n for n in fields if isinstance(n, int) and n > 0]
-    extents = [tuple(e) for e in fields if isinstance(e, list) and all(isinstance(n, int) for n in e)]
-    if [*numbers, *map(list, extents)] == fields:
-        if (len(numbers), len(extents)) == (1, 1):
-            return ShuffleShape(numbers[0], extents[0])
-        if (len(numbers), len(extents)) == (3, 5):
-            return ConvShape(numbers[0], numbers[1], numbers[2], *extents)
-    raise ValueError(f"{key!r} is no key of a layer")
+    try:
+        fields: list[Any] = [tuple(field) if isinstance(field, list) else field for field in json.loads(key)]
+        return ShuffleShape(*fields) if len(fields) == 2 else ConvShape(*fields)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{key[:200]!r} is no key of a layer") from error
 
 
 def conv_shape(node: fx.Node, conv: _ConvNd) -> ConvShape:

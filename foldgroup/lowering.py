@@ -105,14 +105,21 @@ def recorded_form(model: Mapping[str, Any], precision: str, folded: Folded) -> F
     """
     from passes import PackGroups
 
-    packed, split = model.get("packed", {}), model.get("split", {})
-    wanted = {name: Execution(groups, split.get(name, 1)) for name, groups in packed.items()}
+    none = "the manifest's packed groups are none of this network"
     try:
-        return _form(
-            precision, folded, PackGroups(1, lambda name, calls, _: wanted.get(name, Execution(calls[0].groups)))
-        )
+        packed, split = dict(model.get("packed", {})), dict(model.get("split", {}))
+        wanted = {name: Execution(groups, split.get(name, 1)) for name, groups in packed.items()}
+    except (ValueError, TypeError) as error:
+        raise EquivalenceError(f"{none}: {error}") from error
+    packing = PackGroups(1, lambda name, calls, _: wanted.get(name, Execution(calls[0].groups)))
+    try:
+        form = _form(precision, folded, packing)
     except PassError as error:
-        raise EquivalenceError(f"the manifest's packed groups are none of this network: {error}") from error
+        raise EquivalenceError(f"{none}: {error}") from error
+    strange = sorted(map(str, {*wanted, *split} - set(form.executions)))
+    if strange:
+        raise EquivalenceError(f"{none}: {', '.join(strange)} runs as it was learned")
+    return form
 
 
 def _form(precision: str, folded: Folded, packing: PackGroups) -> Form:

@@ -31,7 +31,7 @@ def manifest_of(
     ``runs`` is the folded network as it is run in ``precision``, by default as it was learned.
     """
     runs = runs or folded.folded
-    layers = _learned_layers(folded, runs)
+    layers = learned_layers(folded, runs)
     executed = macs(runs)
     packed = sum(layer["executed_macs"] - layer["macs"] for layer in layers)
     ledger = folded.result.ledger
@@ -61,8 +61,8 @@ def manifest_of(
     }
 
 
-def _learned_layers(folded: Folded, runs: fx.GraphModule) -> list[dict[str, Any]]:
-    """What became of every DGConv layer, for the manifest; MACs are for one image."""
+def learned_layers(folded: Folded, runs: fx.GraphModule) -> list[dict[str, Any]]:
+    """What became of every DGConv layer in the network that ``runs``, for the manifest; MACs are for one image."""
     executed = learned_costs(folded.training, runs)
     calls = Counter(str(node.target) for node in folded.training.graph.nodes)
     layers = []

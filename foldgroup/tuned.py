@@ -8,9 +8,10 @@ never slower than what is compiled without.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from foldgroup.tuning.model import model_for, predictor
 from foldgroup.tuning.table import CostTable
 from foldgroup.tuning.tuner import Tuner
 
+VECTOR_WIDTHS = (4, 8, 16)
+"""Float32 values in the vectors of CPUs: SSE and NEON, AVX2, AVX-512."""
 WHOLE_SECONDS = 20.0
 """Time to compare whole networks in, at most; a third of the tuning's if that is less."""
 LEAST_ROUNDS = 10
@@ -52,6 +55,18 @@ class TuningOptions:
     database: Path | None = None
     vector_width: int | None = None
     """Of the CPU that expected times are for, in float32 values; by default this one's."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be asked for.
+
+        Raises:
+            TuningError: if there is no such time or width.
+        """
+        if not 0 < self.seconds < math.inf:
+            raise TuningError(f"{self.seconds} s is no time to tune in: give more than 0")
+        if self.vector_width not in (None, *VECTOR_WIDTHS):
+            known = ", ".join(map(str, VECTOR_WIDTHS))
+            raise TuningError(f"no CPU's vectors hold {self.vector_width} float32 values: give one of {known}")
 
 
 class Costs:
@@ -94,6 +109,8 @@ class Plan:
 
     folded: Folded
     table: CostTable
+    planned_by: CostTable
+    """The costs that its channel orders were planned by: that of the variant it was folded for."""
 
     def form(self, precision: str) -> Form:
         """Every convolution with groups in its fastest form."""
@@ -143,7 +160,7 @@ class Tuned:
         layers = [
             _layer(name, calls, form, self.tuner, self.plan.table)
             for name, calls in grouped_convs(form.nominal).items()
-            if self.plan.table.source != "counted"
+            if self.tuner is not None or self.plan.table.source != "counted"
         ]
         document: dict[str, Any] = {
             "source": "measured" if self.tuner is not None else self.plan.table.source,
@@ -202,28 +219,44 @@ class NetworkTuner:
             TuningError: if none can.
         """
         found: dict[Variant, Tuned] = {}
-        folded: Folded | None = None
+        first: Plan | None = None
         for variant, plan in untuned.items():
             costs = Costs(variant, self.options, self.on_step)
             try:
-                if folded is None:
-                    again = _alike(plan.folded, self.refold(cost=costs))
-                    found[variant] = self._compared(variant, plan, Plan(again, costs.table), costs.tuner)
-                    folded = found[variant].plan.folded
+                if first is None:
+                    plans = {
+                        UNTUNED: plan,
+                        TUNED: self._folded_by(costs, plan),
+                        AS_LEARNED: self._counted(variant, plan),
+                    }
+                    found[variant] = self._compared(variant, plans, costs.tuner)
+                    first = found[variant].plan
                 else:
-                    table = costs(_calls(folded))
-                    found[variant] = self._compared(variant, Plan(folded, plan.table), Plan(folded, table), costs.tuner)
+                    tables = {UNTUNED: plan.table, TUNED: costs(_calls(first.folded)), AS_LEARNED: CostTable()}
+                    plans = {name: replace(first, table=table) for name, table in tables.items()}
+                    found[variant] = self._compared(variant, plans, costs.tuner)
             except TuningError as error:
                 self.notes[str(variant)] = str(error)
-        if folded is None:
+        if first is None:
             raise TuningError(f"there is nothing to tune for: {'; '.join(self.notes.values())}")
         for variant, plan in untuned.items():
-            left = Tuned(variant, Plan(folded, plan.table), reason=self.notes.get(str(variant), ""))
+            left = Tuned(variant, replace(first, table=plan.table), reason=self.notes.get(str(variant), ""))
             found.setdefault(variant, left)
-        return found
+        return {variant: found[variant] for variant in untuned}
 
-    def _compared(self, variant: Variant, untuned: Plan, tuned: Plan, tuner: Tuner | None) -> Tuned:
-        plans = {UNTUNED: untuned, TUNED: tuned, AS_LEARNED: Plan(untuned.folded, CostTable())}
+    def _folded_by(self, costs: Costs, like: Plan) -> Plan:
+        """The network with the channel orders that ``costs`` ask for."""
+        folded = _alike(like.folded, self.refold(cost=costs))
+        return Plan(folded, costs.table, costs.table)
+
+    def _counted(self, variant: Variant, like: Plan) -> Plan:
+        """The network as it is without packing."""
+        if like.planned_by.source == "counted":
+            return replace(like, table=CostTable())
+        return self._folded_by(Costs(variant, replace(self.options, measure=False, pack=False)), like)
+
+    def _compared(self, variant: Variant, plans: Mapping[str, Plan], tuner: Tuner | None) -> Tuned:
+        untuned, tuned = plans[UNTUNED], plans[TUNED]
         forms: dict[str, Form] = {}
         for name, plan in plans.items():
             form = plan.form(variant.precision)
@@ -273,6 +306,8 @@ def _alike(before: Folded, after: Folded) -> Folded:
 
 
 def plans_of(folded: Folded, costs: Mapping[Variant, Costs]) -> dict[Variant, Plan]:
-    """The plan of every variant; those that were not asked for costs when the network was folded are asked now."""
+    """The plan of every variant of a network that was folded by the costs of the first; the others are asked now."""
     calls = _calls(folded)
-    return {v: Plan(folded, source.table if source.asked else source(calls)) for v, source in costs.items()}
+    tables = {variant: source.table if source.asked else source(calls) for variant, source in costs.items()}
+    planned_by = next(iter(tables.values()))
+    return {variant: Plan(folded, table, planned_by) for variant, table in tables.items()}

@@ -35,6 +35,7 @@ from foldgroup.folding import Folded, fold
 from foldgroup.golden import Golden
 from foldgroup.images import labelled_batches, sample
 from foldgroup.lowering import recorded_form
+from foldgroup.manifest import learned_layers
 from foldgroup.own_model import ModelSource
 from foldgroup.run import Runner
 from foldgroup.run.base import run_all
@@ -203,7 +204,7 @@ def _costs(bundle: Bundle) -> CostTable | None:
         return None
     try:
         return CostTable.from_dict(bundle.passes["costs"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BundleError(f"{bundle.path / PASSES}: its costs cannot be read ({error!r}); compile again") from error
 
 
@@ -216,9 +217,23 @@ def _check_models(bundle: Bundle, folded: Folded, result: Verification) -> None:
         with _recorded(result, name):
             precision = precision_of(key)
             content = bundle.checked(model["file"], bundle.manifest["files"])
-            count = stored_weights_match(content, recorded_form(model, precision, folded).graph)
+            graph = recorded_form(model, precision, folded).graph
+            if key == bundle.manifest["precision"]:
+                _check_layers(bundle, learned_layers(folded, graph))
+            count = stored_weights_match(content, graph)
             how = "within half a step of" if precision == "int8" else "bit-equal to"
             result.checks.append(CheckResult(name, True, f"{count} layers are {how} the folded network"))
+
+
+def _check_layers(bundle: Bundle, layers: Sequence[Mapping[str, Any]]) -> None:
+    """What the manifest says of the learned layers against what they are."""
+    stored = bundle.manifest["layers"]
+    if not isinstance(stored, list) or len(stored) != len(layers):
+        raise EquivalenceError(f"the manifest does not list the network's {len(layers)} learned layers")
+    for said, found in zip(stored, layers, strict=True):
+        wrong = [key for key, value in found.items() if not isinstance(said, dict) or said.get(key, value) != value]
+        if wrong:
+            raise EquivalenceError(f"the manifest's {', '.join(wrong)} of {found['name']} are not the network's")
 
 
 def _enter(

@@ -11,9 +11,11 @@ import json
 import os
 import sqlite3
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, fields
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ class Database:
                 f"SELECT groups, parts, ns, low, high, rounds FROM timing WHERE {_WHERE} AND layer = ?",
                 (*astuple(setting), _key(layer)),
             )
-            return {Execution(groups, parts): Timing(*rest) for groups, parts, *rest in rows}
+            return {Execution(groups, parts): _timing(*rest) for groups, parts, *rest in rows}
 
     def write(self, setting: Setting, layer: Layer, timings: Timings) -> None:
         """Keep ``timings`` in the place of what was known of ``layer``."""
@@ -97,10 +99,11 @@ class Database:
         """All that is known, by setting and layer, in order."""
         found: dict[Place, dict[Execution, Timing]] = {}
         with self._open(write=False) as connection:
-            rows = connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM timing").fetchall() if connection else []
-        for *setting, layer, groups, parts, ns, low, high, rounds in rows:
-            place = (Setting(*setting), self._layer(layer))
-            found.setdefault(place, {})[Execution(groups, parts)] = Timing(ns, low, high, rounds)
+            rows = connection.execute(f"SELECT {', '.join(_COLUMNS)} FROM timing") if connection else ()
+            for row in rows:
+                setting, (layer, groups, parts, *rest) = row[: len(_SETTING)], row[len(_SETTING) :]
+                place = (Setting(*setting), shape_from_key(layer))
+                found.setdefault(place, {})[Execution(groups, parts)] = _timing(*rest)
         return dict(sorted(found.items(), key=lambda item: (item[0][0], _key(item[0][1]))))
 
     def export(self) -> dict[str, Any]:
@@ -118,7 +121,7 @@ class Database:
     def merge(self, source: Path) -> int:
         """Take over what the database or exported file ``source`` knows; returns how many layers were new or better.
 
-        Of a layer that both know, the measurement with more rounds stays.
+        Of a layer that both know, the measurement of more executions stays, and of equally many that with more rounds.
         """
         theirs = read_export(source) if _is_text(source) else Database(source)._existing()
         ours, taken = self.everything(), 0
@@ -133,19 +136,13 @@ class Database:
             raise TuningError(f"{self.path}: there is no such tuning database")
         return self.everything()
 
-    def _layer(self, key: str) -> Layer:
-        try:
-            return shape_from_key(key)
-        except ValueError as error:
-            raise TuningError(f"{self.path}: {error}; delete the file to measure anew") from error
-
     @contextmanager
     def _open(self, *, write: bool) -> Iterator[sqlite3.Connection | None]:
         """One transaction; None where there is nothing to read yet."""
-        if not write and not self.path.exists():
-            yield None
-            return
         try:
+            if not write and not self.path.exists():
+                yield None
+                return
             if write:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
             connection = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
@@ -158,7 +155,7 @@ class Database:
                     connection.rollback()
                     raise
                 connection.commit()
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValueError, TypeError, OverflowError) as error:
             raise TuningError(
                 f"{self.path}: cannot be used as a tuning database ({error}); name another with --tune-db"
             ) from error
@@ -202,7 +199,7 @@ def _weight(timings: Timings) -> tuple[int, int]:
 def _is_text(path: Path) -> bool:
     try:
         with path.open("rb") as file:
-            return file.read(1).lstrip()[:1] == b"{"
+            return file.read(64).removeprefix(BOM_UTF8).lstrip()[:1] == b"{"
     except OSError as error:
         raise TuningError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -214,15 +211,19 @@ def read_export(path: Path) -> dict[Place, dict[Execution, Timing]]:
         TuningError: if it is none.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
         if document.get("format") != FORMAT or document.get("schema") != SCHEMA:
             raise ValueError(f"it is no export of {FORMAT}, schema {SCHEMA}")
         found: dict[Place, dict[Execution, Timing]] = {}
         for entry in document["layers"]:
-            timings = {Execution(int(g), int(p)): _timing(*rest) for g, p, *rest in entry["executions"]}
-            found[_setting(entry["setting"]), shape_from_key(json.dumps(entry["layer"]))] = timings
+            layer = shape_from_key(json.dumps(entry["layer"]))
+            place = (_setting(entry["setting"]), shape_from_key(_key(layer)))
+            timings = {Execution(groups, parts): _timing(*rest) for groups, parts, *rest in entry["executions"]}
+            if place in found or len(timings) < len(entry["executions"]):
+                raise ValueError(f"it holds {layer} twice")
+            found[place] = timings
         return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise TuningError(
             f"{path}: cannot be merged ({error}); give a file made by 'foldgroup tune --export'"
         ) from error
@@ -230,11 +231,11 @@ def read_export(path: Path) -> dict[Place, dict[Execution, Timing]]:
 
 def _setting(entry: Mapping[str, Any]) -> Setting:
     texts = {name: str(entry[name]) for name in ("processor", "target", "version", "precision")}
-    return Setting(**texts, threads=int(entry["threads"]), batch=int(entry["batch"]))
+    return Setting(**texts, threads=index(entry["threads"]), batch=index(entry["batch"]))
 
 
 def _timing(ns: float, low: float, high: float, rounds: int) -> Timing:
-    timing = Timing(float(ns), float(low), float(high), int(rounds))
+    timing = Timing(float(ns), float(low), float(high), index(rounds))
     if not (0 < timing.low <= timing.ns <= timing.high < float("inf") and timing.rounds > 0):
         raise ValueError(f"{timing} is no time")
     return timing

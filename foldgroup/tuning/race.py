@@ -65,7 +65,7 @@ class _Race:
         self, calls: Mapping[str, Callable[[], object]], keep: Collection[str], beats: Callable[[str, str], bool]
     ) -> None:
         self.calls = calls
-        self.keep = set(keep)
+        self.keep = set(keep).intersection(calls)
         self.beats = beats
         self.running = list(calls)
         self.times: dict[str, list[float]] = {name: [] for name in calls}
@@ -121,7 +121,7 @@ class _Race:
             for rival in self.running:
                 if rival != name and not {name, rival} & self.keep and self.beats(rival, name):
                     ratio = measured.ratio(name, rival)
-                    if not 1 / CLOSE < ratio.low <= ratio.high < CLOSE:
+                    if ratio.high >= CLOSE:
                         return False
         return True
 
@@ -135,7 +135,8 @@ class _Race:
         for name in self.running:
             stats, ratio = measured.stats(name), measured.ratio(name, fastest)
             base = measured.stats(fastest).median_ms * 1e6
-            found[name] = Timing(stats.median_ms * 1e6, ratio.low * base, ratio.high * base, stats.rounds)
+            ns = stats.median_ms * 1e6
+            found[name] = Timing(ns, min(ratio.low * base, ns), max(ratio.high * base, ns), stats.rounds)
         for name, (rival, ratio, rounds) in reversed(self.dropped.items()):  # a rival may have been dropped later
             base = found[rival].ns
             found[name] = Timing(ratio.value * base, ratio.low * base, ratio.high * base, rounds)

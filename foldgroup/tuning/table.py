@@ -7,6 +7,7 @@ gives. Numbers are whole nanoseconds, so that a table that was written down give
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -28,6 +29,9 @@ def counted(shape: ConvShape) -> dict[Execution, float]:
     return {execution: CostModel().layer(shape.run_as(execution.groups)) / MACS_PER_NS for execution in packed}
 
 
+SOURCES = ("counted", "model", "measured")
+MOST_NS = 10**18
+"""No convolution takes so many nanoseconds."""
 PER_WEIGHT = 1e-6
 """Nanoseconds by which equally fast group counts are told apart: the planner is to keep what was learned."""
 
@@ -50,8 +54,9 @@ class CostTable:
 
     def executions(self, shape: ConvShape) -> dict[Execution, int]:
         """What is known of the executions that are open to ``shape``."""
-        known = self.entries.get(shape.run_as(1)) or {e: round(ns) for e, ns in self.predict(shape).items()}
-        return {e: ns for e, ns in known.items() if shape.groups % e.groups == 0}
+        known = self.entries.get(shape.run_as(1), {})
+        open_to = {e: ns for e, ns in known.items() if shape.groups % e.groups == 0}
+        return open_to or {e: round(ns) for e, ns in self.predict(shape).items()}
 
     def best(self, calls: Sequence[ConvShape], among: Collection[Execution]) -> Execution:
         """The fastest of ``among``, exact executions of a layer that is called on ``calls``.
@@ -89,15 +94,21 @@ class CostTable:
         """The table that was written down as ``document``.
 
         Raises:
-            ValueError, KeyError, TypeError: if it is none.
+            ValueError, KeyError, TypeError, OverflowError: if it is none.
         """
         entries = {}
         for entry in document["layers"]:
             shape = shape_from_key(entry["layer"])
             if not isinstance(shape, ConvShape):
                 raise ValueError(f"{entry['layer']} is no convolution")
-            entries[shape] = {Execution(groups, parts): int(ns) for groups, parts, ns in entry["ns"]}
+            entries[shape] = {Execution(groups, parts): ns for groups, parts, ns in entry["ns"]}
+            if not all(isinstance(ns, int) and 0 < ns < MOST_NS for ns in entries[shape].values()):
+                raise ValueError(f"{entry['ns']} are no whole nanoseconds")
         margin, ns_per_byte = float(document["margin"]), float(document["ns_per_byte"])
+        if not (1 <= margin < math.inf and 0 <= ns_per_byte < math.inf):
+            raise ValueError(f"{margin} is no margin, or {ns_per_byte} no speed of shuffles")
+        if document["source"] not in SOURCES:
+            raise ValueError(f"{document['source']!r} is no source of costs")
         return cls(entries, ns_per_byte, source=document["source"], margin=margin)
 
 

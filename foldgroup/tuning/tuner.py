@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import median
 from time import perf_counter
 
 import numpy as np
@@ -44,7 +45,8 @@ class Tuner:
     """Measures for ``variant`` with ``threads`` (None for the runtime's choice) and ``batch`` images at a time.
 
     ``seconds`` is the time to spend, loading included; a family that has begun is finished. ``predict`` gives the
-    expected times, and stands in for what there was no time for. ``on_progress`` is told the share done and of what.
+    expected times of one image, and scaled to those that were measured stands in for what there was no time for.
+    ``on_progress`` is told the share done and of what.
     """
 
     variant: Variant
@@ -76,7 +78,8 @@ class Tuner:
         end = perf_counter() + self.seconds
         weights = {dense: self._weight(dense, counted) for dense in families}
         left = sorted(families, key=lambda dense: -weights[dense])
-        ns_per_byte = self.ns_per_byte
+        ns_per_byte = self.batch * self.ns_per_byte
+        self.unmeasured = []
         while left and setting is not None:
             dense = left.pop(0)
             self.on_progress(1 - (len(left) + 1) / len(families), str(dense))
@@ -86,10 +89,21 @@ class Tuner:
         if self.measured and setting is not None:
             ns_per_byte = self._shuffles(setting, max(families, key=lambda dense: dense.values))
         known = {dense: {e: t.ns for e, t in times.items()} for dense, times in self.measured.items()}
+        scale = self._scale()
         for dense in self.unmeasured:
-            known[dense] = {e: ns for g in families[dense] for e, ns in self.predict(dense.run_as(g)).items()}
+            known[dense] = {e: scale * ns for g in families[dense] for e, ns in self.predict(dense.run_as(g)).items()}
         self.on_progress(1.0, "layers")
         return table_of(known, ns_per_byte, "measured")
+
+    def _scale(self) -> float:
+        """By how much times measured here exceed the expected ones, which are of another machine and one image."""
+        ratios = [
+            times[e].ns / ns
+            for dense, times in self.measured.items()
+            for e, ns in self.predict(dense.run_as(max(t.groups for t in times))).items()
+            if e in times
+        ]
+        return median(ratios) if ratios else float(self.batch)
 
     def _weight(self, dense: ConvShape, counted: Mapping[ConvShape, int]) -> float:
         """Nanoseconds of the network expected in this family."""
