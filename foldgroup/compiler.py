@@ -200,18 +200,8 @@ def compile(
     # The dense kernels: most of the memory, and no longer needed.
     del source, checkpoint, folded, refold, choices, costs, main
 
-    lowered: dict[str, Lowered] = {}
-    errors: dict[str, dict[str, float]] = {}
-    tiers = Tiers()
-    for key, form in forms.items():
-        name = precision_of(key)
-        low = lower_form(form, name, keep_float=keep_float, on_step=clock)
-        if name != "fp32" and key == name:  # packing changes no value: once a precision
-            errors[key] = layer_errors(name, form.graph, low.model, low.keep_float, golden, batch=fixed)
-            if name in ("fp16", "bf16"):
-                tiers.results[f"rounded {name}"] = rounded_tier(name, form.graph, low.keep_float, golden, errors[key])
-        clock(f"errors in {key}")
-        lowered[key] = low
+    lower_all = partial(lower_form, keep_float=keep_float, on_step=clock)
+    lowered, errors, tiers = _lowered(forms, lower_all, golden, fixed, clock)
     read = {key_of[variant] for variant in chosen if variant.target.takes == "onnx"}
     onnx_files = {key: _file(key, first, ".onnx") for key in forms if key in read.union(precisions)}
     content |= {name: lowered[key].model for key, name in onnx_files.items()}
@@ -227,7 +217,7 @@ def compile(
         "targets": [{"target": variant.target.name, "precision": variant.precision} for variant in chosen],
         "files": {name: file_entry(data) for name, data in content.items()},
     }
-    del forms, form  # their weights are in float64
+    del forms  # their weights are in float64
 
     models = {variant: lowered[key_of[variant]].model for variant in chosen}
     built: dict[Variant, Engine] = {}
@@ -290,6 +280,29 @@ def compile(
     result = write_bundle(output, written, force=force)
     clock("bundle")
     return result
+
+
+def _lowered(
+    forms: Mapping[str, Form],
+    lower_form: Callable[[Form, str], Lowered],
+    golden: Golden,
+    batch: int | None,
+    clock: _Clock,
+) -> tuple[dict[str, Lowered], dict[str, dict[str, float]], Tiers]:
+    """Every form in its precision; by precision the error of each layer; and what rounding alone costs."""
+    lowered: dict[str, Lowered] = {}
+    errors: dict[str, dict[str, float]] = {}
+    tiers = Tiers()
+    for key, form in forms.items():
+        name = precision_of(key)
+        low = lower_form(form, name)
+        if name != "fp32" and key == name:  # packing changes no value: once a precision
+            errors[key] = layer_errors(name, form.graph, low.model, low.keep_float, golden, batch=batch)
+            if name in ("fp16", "bf16"):
+                tiers.results[f"rounded {name}"] = rounded_tier(name, form.graph, low.keep_float, golden, errors[key])
+        clock(f"errors in {key}")
+        lowered[key] = low
+    return lowered, errors, tiers
 
 
 def _file(key: str, first: str, suffix: str) -> str:
