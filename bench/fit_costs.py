@@ -14,7 +14,8 @@ that both are up to date. A model is judged on shapes that it was not fitted to:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import numpy.typing as npt
 from foldgroup.conv_shape import ConvShape, Execution, ShuffleShape
 from foldgroup.planning.cost import BYTES
 from foldgroup.tuning import model as models
-from foldgroup.tuning.database import read_export
+from foldgroup.tuning.database import Setting, read_export
 from foldgroup.tuning.model import CLASSES, CostModel, class_of, features
 from foldgroup.tuning.table import CostTable
 
@@ -78,14 +79,14 @@ def decisions(curves: Curves, table: CostTable) -> Iterator[tuple[float, float, 
                 yield min(times[e] for e in open_to), times[pick], times[Execution(groups)]
 
 
-def judge(curves: Curves, lanes: int, margin: float) -> dict[str, float]:
-    """The model's quality on families that it was not fitted to."""
-    families, found = list(curves), []
-    for fold in range(FOLDS):
-        held = {shape: curves[shape] for shape in families[fold::FOLDS]}
-        rest = {shape: times for shape, times in curves.items() if shape not in held}
-        model = CostModel(fit(rest, lanes), 0.0, margin, lanes)
-        found += list(decisions(held, model.table(shape.run_as(max(e.groups for e in held[shape])) for shape in held)))
+def judge(curves: Curves, lanes: int, margin: float, models: Sequence[CostModel] = ()) -> dict[str, float]:
+    """The quality of ``models``, one a fold; by default each is fitted to the families outside of its fold."""
+    models = models or held_out(curves, lanes)
+    found = []
+    for fold, model in enumerate(models):
+        held = {shape: curves[shape] for shape in list(curves)[fold :: len(models)]}
+        table = replace(model, margin=margin).table(s.run_as(max(e.groups for e in held[s])) for s in held)
+        found += list(decisions(held, table))
     winner, picked, nominal = np.array(found).T
     return {
         "decisions": len(found),
@@ -95,12 +96,26 @@ def judge(curves: Curves, lanes: int, margin: float) -> dict[str, float]:
     }
 
 
-def build() -> tuple[dict[str, Any], str]:
-    """The models, and the report in Markdown."""
-    documents, lines = {}, []
-    for path in sorted(RESULTS.glob("packing_*_*.json")):
+def held_out(curves: Curves, lanes: int) -> list[CostModel]:
+    """For every fold a model that is fitted to the families of the others."""
+    families = list(curves)
+    folds = (set(families[fold::FOLDS]) for fold in range(FOLDS))
+    fits = (fit({s: times for s, times in curves.items() if s not in held}, lanes) for held in folds)
+    return [CostModel(coefficients, 0.0, 1.0, lanes) for coefficients in fits]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The curves of a target and precision on a processor."""
+
+    setting: Setting
+    curves: Curves
+    ns_per_byte: float
+
+    @classmethod
+    def read(cls, path: Path) -> Measured:
+        """From a file of ``python -m bench.packing``."""
         found = read_export(path)
-        setting = next(iter(found))[0]
         curves = {
             shape: {e: t.ns for e, t in ts.items()} for (_, shape), ts in found.items() if isinstance(shape, ConvShape)
         }
@@ -109,24 +124,61 @@ def build() -> tuple[dict[str, Any], str]:
             for (_, shape), ts in found.items()
             if isinstance(shape, ShuffleShape)
         )
-        lanes = models.SHORT if "avx512f" not in setting.processor else models.LANES["avx512f"]
-        margin = min(MARGINS, key=lambda margin: judge(curves, lanes, margin)["regret"])
-        quality = judge(curves, lanes, margin)
-        splits = sum(min(times, key=lambda e: times[e]).parts > 1 for times in curves.values())
-        name = f"{setting.target} {setting.precision}"
-        documents[name] = {
-            "coefficients": fit(curves, lanes),
-            "margin": margin,
-            "ns_per_byte": float(f"{shuffled:.4g}"),
-            "fitted_to": {"processor": setting.processor, "version": setting.version, "families": len(curves)},
-            "held_out": quality,
-        }
-        share, regret, never = (f"{quality[key]:.1%}" for key in list(quality)[1:])
-        lines.append(
-            f"| {name} | {setting.version} | {len(curves)} | {quality['decisions']} | {share} | {regret} | {never} | "
-            f"{margin - 1:.0%} | {splits} |"
+        return cls(next(iter(found))[0], curves, shuffled)
+
+    @property
+    def lanes(self) -> int:
+        """Float32 values of the processor's vectors."""
+        return models.LANES["avx512f"] if "avx512f" in self.setting.processor else models.SHORT
+
+    @property
+    def name(self) -> str:
+        """The key of its models."""
+        return f"{self.setting.target} {self.setting.precision}"
+
+
+def build() -> tuple[dict[str, list[dict[str, Any]]], str]:
+    """The models, and the report in Markdown."""
+    documents: dict[str, list[dict[str, Any]]] = {}
+    lines, foreign = [], []
+    measured = [Measured.read(path) for path in sorted(RESULTS.glob("packing_*_*.json"))]
+    for mine in measured:
+        folds = held_out(mine.curves, mine.lanes)
+        judged = {margin: judge(mine.curves, mine.lanes, margin, folds) for margin in MARGINS}
+        margin = min(MARGINS, key=lambda margin: judged[margin]["regret"])
+        coefficients = fit(mine.curves, mine.lanes)
+        documents.setdefault(mine.name, []).append(
+            {
+                "coefficients": coefficients,
+                "margin": margin,
+                "ns_per_byte": float(f"{mine.ns_per_byte:.4g}"),
+                "fitted_to": {
+                    "processor": mine.setting.processor,
+                    "version": mine.setting.version,
+                    "families": len(mine.curves),
+                },
+                "held_out": judged[margin],
+            }
         )
-    return documents, "\n".join([*_head(), *lines]) + "\n"
+        splits = sum(min(times, key=lambda e: times[e]).parts > 1 for times in mine.curves.values())
+        row = (mine.name, _processor(mine), mine.setting.version, len(mine.curves), *_shown(judged[margin]))
+        lines.append(f"| {' | '.join(map(str, row))} | {margin - 1:.0%} | {splits} |")
+        for other in measured:
+            if other.name == mine.name and other is not mine:
+                model = CostModel(coefficients, 0.0, margin, other.lanes)
+                quality = judge(other.curves, other.lanes, margin, [model])
+                row = (mine.name, _processor(mine), _processor(other), *_shown(quality))
+                foreign.append(f"| {' | '.join(map(str, row))} |")
+    return documents, "\n".join([*_head(), *lines, *(_foreign_head() if foreign else ()), *foreign]) + "\n"
+
+
+def _processor(measured: Measured) -> str:
+    return measured.setting.processor.partition(" (")[0].replace("(R)", "").strip()
+
+
+def _shown(quality: Mapping[str, float]) -> tuple[str, ...]:
+    count, *shares = quality.values()
+    return str(count), *(f"{share:.1%}" for share in shares)
 
 
 def _head() -> list[str]:
@@ -137,9 +189,19 @@ def _head() -> list[str]:
         "families of shapes that a model was not fitted to: how often it picks the execution measured fastest, or one",
         "within 2 % of it; how much longer its picks take than the fastest, on average; the same for never packing.",
         "",
-        "| target | version | families | decisions | picks the winner | regret | regret of never packing | margin "
-        "| families where a split was fastest |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| target | processor | version | families | decisions | picks the winner | regret | regret of never packing "
+        "| margin | families where a split was fastest |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+
+
+def _foreign_head() -> list[str]:
+    return [
+        "",
+        "The same on a processor that a model was not fitted to, which is what those get that were never measured:",
+        "",
+        "| target | fitted to | judged on | decisions | picks the winner | regret | regret of never packing |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
 
 

@@ -14,7 +14,9 @@ In each class the time is a sum of :func:`features` with coefficients that are n
 relative error by ``python -m bench.fit_costs``, which also writes how often the model picks the measured winner
 (``bench/results/packing.md``). L follows the processor: 16 float32 values with AVX-512, 8 with AVX2 and NEON's pairs.
 The measurements are of L = 16; that other processors change class at their own L is how the runtimes are documented,
-not measured. Targets without measurements keep the groups that were learned.
+not measured. Where several processors were measured, it is the model of the first that has units for products of
+matrices (AMX) if this one has, and has none if it has none. Targets without measurements keep the groups that were
+learned.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ CLASSES = ("blocked", "narrow", "depthwise", "ragged", "ragged narrow", "ragged 
 LANES = {"avx512f": 16}
 """Float32 values of a vector by the processor's flag; the others have :data:`SHORT`."""
 SHORT = 8
+MATRIX_UNITS = "amx_tile"
+"""The flag of processors that have them."""
 
 
 def class_of(shape: ConvShape, lanes: int) -> str:
@@ -102,11 +106,18 @@ class CostModel:
 
 
 def model_for(variant: Variant, lanes: int | None = None) -> CostModel | None:
-    """The model of ``variant`` on a processor with ``lanes`` values a vector, by default this one; or None."""
-    found = _models().get(str(variant))
-    if found is None:
+    """The model of ``variant`` on this processor, or on one of which only its ``lanes`` are known; None without any."""
+    models = _models().get(str(variant), ())
+    if not models:
         return None
+    found = next((model for model in models if lanes is None and _is_like_this(model)), models[0])
     return CostModel(found["coefficients"], found["ns_per_byte"], found["margin"], lanes or vector_lanes())
+
+
+def _is_like_this(model: Mapping[str, Any]) -> bool:
+    """Whether both the processor of a model and this one have units for matrices, or neither."""
+    isa = machine()["isa"]
+    return (MATRIX_UNITS in model["fitted_to"]["processor"]) == (isinstance(isa, list) and MATRIX_UNITS in isa)
 
 
 def predictor(variant: Variant) -> Predict:
@@ -123,6 +134,8 @@ def vector_lanes() -> int:
 
 
 @cache
-def _models() -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((files("foldgroup.tuning") / MODELS).read_text(encoding="utf-8"))
+def _models() -> dict[str, list[dict[str, Any]]]:
+    document: dict[str, list[dict[str, Any]]] = json.loads(
+        (files("foldgroup.tuning") / MODELS).read_text(encoding="utf-8")
+    )
     return document

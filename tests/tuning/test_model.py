@@ -20,10 +20,10 @@ from foldgroup.conv_shape import ConvShape, Execution
 from foldgroup.targets import TARGETS, Variant
 from foldgroup.tuned import Costs, TuningOptions
 from foldgroup.tuning import model
-from foldgroup.tuning.model import CLASSES, CostModel, class_of, features, model_for, predictor
+from foldgroup.tuning.model import CLASSES, MATRIX_UNITS, CostModel, class_of, features, model_for, predictor
 from foldgroup.tuning.table import counted
 
-SHIPPED: dict[str, Any] = json.loads(fit_costs.MODELS.read_text(encoding="utf-8"))
+SHIPPED: dict[str, list[dict[str, Any]]] = json.loads(fit_costs.MODELS.read_text(encoding="utf-8"))
 VARIANTS = {str(variant): variant for t in TARGETS.values() for variant in (Variant(t, p) for p in t.precisions)}
 LANES = st.sampled_from([4, 8, 16, 32])
 
@@ -115,8 +115,9 @@ class TestShipped:
         assert times[Execution(shape.groups)] == found.ns(shape)
 
     def test_picks_better_than_what_never_packs(self, name: str) -> None:
-        quality = SHIPPED[name]["held_out"]
-        assert quality["regret"] < quality["regret_of_never_packing"]
+        for shipped in SHIPPED[name]:
+            quality = shipped["held_out"]
+            assert quality["regret"] < quality["regret_of_never_packing"]
 
 
 class TestAsked:
@@ -160,6 +161,19 @@ class TestAsked:
             assert table == found.table([shape])
         assert tables[8] != tables[16]
 
+    @pytest.mark.parametrize("isa", [["avx512f"], ["avx512f", MATRIX_UNITS], [], None], ids=str)
+    def test_the_model_is_of_a_processor_with_matrix_units_if_this_one_has_them(
+        self, monkeypatch: pytest.MonkeyPatch, isa: list[str] | None
+    ) -> None:
+        plain, matrices = ({**SHIPPED["onnxruntime fp32"][0], "margin": margin} for margin in (1.25, 1.5))
+        plain["fitted_to"], matrices["fitted_to"] = {"processor": "A"}, {"processor": f"B ({MATRIX_UNITS})"}
+        monkeypatch.setattr(model, "machine", lambda: {"isa": isa})
+        monkeypatch.setattr(model, "_models", lambda: {"onnxruntime fp32": [plain, matrices]})
+        variant = VARIANTS["onnxruntime fp32"]
+        found, told = model_for(variant), model_for(variant, 16)
+        assert found is not None and found.margin == (1.5 if isa and MATRIX_UNITS in isa else 1.25)
+        assert told is not None and told.margin == 1.25
+
     def test_without_packing_costs_are_counted(self) -> None:
         assert Costs(VARIANTS["onnxruntime fp32"], TuningOptions(pack=False))([square(64, 8)]).source == "counted"
 
@@ -184,10 +198,9 @@ class TestFiles:
     """``python -m bench.fit_costs`` makes the files that are there."""
 
     def test_every_curve_has_its_model(self) -> None:
-        curves = {
-            path.stem.removeprefix("packing_").replace("_", " ") for path in fit_costs.RESULTS.glob("packing_*_*")
-        }
-        assert set(SHIPPED) == curves
+        curves = sorted(path.stem for path in fit_costs.RESULTS.glob("packing_*_*.json"))
+        models = sorted(f"packing_{name.replace(' ', '_')}" for name, shipped in SHIPPED.items() for _ in shipped)
+        assert all(curve.startswith(name) for curve, name in zip(curves, models, strict=True))
 
     def test_the_models_are_what_the_curves_give(self) -> None:
         fitted, _ = built()
