@@ -19,10 +19,9 @@ report.html           all of this for people, on one page                    –
 ====================  =====================================================  ==================
 
 Equal checkpoints and options give byte-equal files down to preprocessing.json, on processors with vectors of one width
-and matrix units alike or with a vector width given; with ``--tune``, equal
-times; with int8, on one kind of processor and with one version of the quantiser, which the manifest names. Engine
-builders are not deterministic and the last bits of float64 sums depend on the processor, so the other files are outside
-that promise.
+and matrix units alike or with a vector width given; with ``--tune``, equal times; with int8, on one kind of processor
+and with one version of the quantiser, which the manifest names. Engine builders are not deterministic and the last bits
+of float64 sums depend on the processor, so the other files are outside that promise.
 """
 
 from __future__ import annotations
