@@ -37,7 +37,7 @@ from torch import nn
 
 import foldgroup
 from bench.synthetic import write_checkpoint
-from foldgroup.candidates import TRAINING, baseline_builder, training_form
+from foldgroup.candidates import TRAINING, baseline_network, training_form
 from foldgroup.checkpoint import load_network
 from foldgroup.emit.onnx import export_onnx
 from foldgroup.emit.precision import typed
@@ -205,8 +205,7 @@ class Files:
         if network == "example":
             return EXAMPLE
         if "@" not in network:
-            torch.manual_seed(0)
-            return baseline_builder(network)(num_classes=1000).eval()
+            return baseline_network(network, 1000)
         arch, _, rest = network.partition("@")
         budget, _, seed = rest.partition("#")
         path = self.work / f"{arch}_{budget}_{seed}.pt"

@@ -43,8 +43,8 @@ from foldgroup.tuned import Costs, NetworkTuner, Tuned, TuningOptions, plans_of
 CALIBRATION_IMAGES = 256
 """Images that int8 is calibrated on, unless told otherwise."""
 
-PROFILE_SECONDS = 1.5
-"""Time to look where the time goes in; loading and, once a process, the machine's limits come to that."""
+PROFILE_SECONDS = 0.5
+"""Time to look where the time goes in; to that come loading, a few runs at least and, once a process, the limits."""
 
 WORST_LAYERS = 5
 """How many layers ``verification.json`` names for each precision."""
@@ -457,7 +457,7 @@ class _Clock:
 
     def __call__(self, step: str) -> None:
         now = time.perf_counter()
-        self.seconds[step] = round(now - self.last, 3)
+        self.seconds[step] = round(self.seconds.get(step, 0.0) + now - self.last, 3)
         self.last = now
         self.on_step(step)
 

@@ -19,6 +19,9 @@ def describe(channels: ChannelGraph, solution: Solution) -> dict[str, Any]:
     coarse = without_shuffles(problem).cost + channels.fixed
     numbered = {space.index: number for number, space in enumerate(_shown(channels))}
     cost = solution.cost + channels.fixed
+    kept: dict[str, float] = defaultdict(float)
+    for node, moved in channels.shuffles:
+        kept[channels.wanted_by(node)] += moved
     bent = channels.entangled or channels.lying
     exact = solution.exact and not bent and not channels.fixed
     return {
@@ -27,11 +30,13 @@ def describe(channels: ChannelGraph, solution: Solution) -> dict[str, Any]:
         "bound": cost if exact else nominal if bent else solution.bound,
         "exact": exact,
         "alternatives": {
-            "keep every shuffle": nominal + sum(cost for _, cost in channels.shuffles),
+            "keep every shuffle": nominal + sum(kept.values()),
             "coarsen everything": coarse if isfinite(coarse) else None,
         },
         "spaces": [_space(channels, solution, space) for space in _shown(channels)],
-        "layers": [_layer(channels, solution, layer, numbered) for layer in channels.grouped],
+        "layers": [
+            _layer(channels, solution, layer, numbered, kept[str(layer.node.target)]) for layer in channels.grouped
+        ],
         "dense": [
             {"name": str(node.target), "reads": numbered[a.index], "writes": numbered[b.index]}
             for node, rule in channels.rules.items()
@@ -75,10 +80,12 @@ def _space(channels: ChannelGraph, solution: Solution, space: Space) -> dict[str
     }
 
 
-def _layer(channels: ChannelGraph, solution: Solution, layer: Grouped, numbered: dict[int, int]) -> dict[str, Any]:
+def _layer(
+    channels: ChannelGraph, solution: Solution, layer: Grouped, numbered: dict[int, int], shuffles: float
+) -> dict[str, Any]:
+    """``shuffles`` is what those cost that were put in for the layer."""
     runs = _runs(channels.problem, solution, layer)
     sides = {"reads": layer.reads, "writes": layer.writes}
-    shuffles = sum(cost for node, cost in channels.shuffles if channels.wanted_by(node) == str(layer.node.target))
     return {
         "name": str(layer.node.target),
         "groups": layer.groups,

@@ -47,10 +47,10 @@ from foldgroup.targets import Variant, make_runner
 
 __all__ = ["LayerTime", "Limits", "Profile", "machine_limits", "profile"]
 
-TURNS = 4
+TURNS = 2
 """The network's time and its layers' are measured in so many turns."""
 
-_ROUNDS = (5, 100)
+_ROUNDS = (3, 100)
 """Runs in a turn, at least and at most."""
 
 
