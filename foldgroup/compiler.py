@@ -174,6 +174,7 @@ def compile(
     clock("float64")
 
     forms, key_of = _forms(precisions, choices)
+    clock("packing")
     main = forms[first]
     manifest = manifest_of(checkpoint, replace(folded, certificate=main.certificate), fixed, first, main.graph)
     path, classes = checkpoint.path, checkpoint.classes
@@ -181,7 +182,7 @@ def compile(
         raise CheckpointError(f"{path}: names {len(classes)} classes, but the network is no classifier of so many")
     if AUTO in keep_float and len(manifest["outputs"]) > 1:
         raise TargetError(f"{path}: --keep-float {AUTO} measures one output, and there are more: name the layers")
-    tunings = {str(variant): choice.as_dict(tuning) for variant, choice in choices.items()}
+    tunings = {str(variant): choice.as_dict(tuning, forms[key_of[variant]]) for variant, choice in choices.items()}
     options: dict[str, Any] = {"arch": arch, "gate_order": gate_order, "zero_gates": zero_gates, "batch": batch}
     options |= {"model": checkpoint.built_by, "input_shape": own_shape[1:]}
     options |= {"input_size": own_shape[2] if square else None, "precision": precisions, "keep_float": keep_float}

@@ -154,9 +154,11 @@ class Tuned:
     reason: str = ""
     """Why it is, or is not, what was measured to be best."""
 
-    def as_dict(self, options: TuningOptions) -> dict[str, Any]:
-        """For ``verification.json``: for every layer the executions open to it and their times, and the whole."""
-        form = self.plan.form(self.variant.precision)
+    def as_dict(self, options: TuningOptions, form: Form) -> dict[str, Any]:
+        """For ``verification.json``: for every layer the executions open to it and their times, and the whole.
+
+        ``form`` is the one that the plan has in the variant's precision.
+        """
         layers = [
             _layer(name, calls, form, self.tuner, self.plan.table)
             for name, calls in grouped_convs(form.nominal).items()

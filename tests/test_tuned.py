@@ -173,6 +173,11 @@ def plan_of(network: Folded, table: CostTable) -> Plan:
     return Plan(network, table, table)
 
 
+def documented(tuned: Tuned, options: TuningOptions) -> dict[str, Any]:
+    """What is written down of it."""
+    return tuned.as_dict(options, tuned.plan.form(tuned.variant.precision))
+
+
 def groups_of(tuned: Tuned) -> int:
     """How many groups the layer ships with."""
     executions = tuned.plan.form(tuned.variant.precision).executions
@@ -329,7 +334,7 @@ class TestWhatIsRecorded:
     )
     def test_the_whole_and_every_layer(self, runtime: Make, milliseconds: Mapping[int, float], winner: str) -> None:
         made = runtime(milliseconds, {ORT: preferring(1)})
-        document = made.tune({ORT: plan_of(folded(), preferring(4))})[ORT].as_dict(made.options)
+        document = documented(made.tune({ORT: plan_of(folded(), preferring(4))})[ORT], made.options)
         assert json.loads(json.dumps(document)) == document
         assert (document["source"], document["threads"], document["batch"]) == ("measured", 1, 1)
         assert document["remembered"] == 2
@@ -349,12 +354,12 @@ class TestWhatIsRecorded:
         tuner = FakeTuner(ORT, Database(Path("none")))
         tuner.measured = {calls_of(folded())[0].run_as(1): {Execution(4): Timing(100.4, 90.0, 110.0, 7)}}
         found = Tuned(ORT, plan_of(folded(), preferring(4)), tuner)  # type: ignore[arg-type]
-        candidates = found.as_dict(TuningOptions())["layers"][0]["candidates"]
+        candidates = documented(found, TuningOptions())["layers"][0]["candidates"]
         assert candidates[1] == {"runs": 4, "parts": 1, "ns": 100.4, "low": 90.0, "high": 110.0}
         assert candidates[0] == {"runs": 8, "parts": 1, "ns": 900}
 
     def test_what_only_counts_has_no_layers(self) -> None:
-        document = Tuned(ORT, plan_of(folded(), CostTable())).as_dict(TuningOptions(pack=False))
+        document = documented(Tuned(ORT, plan_of(folded(), CostTable())), TuningOptions(pack=False))
         assert document == {"source": "counted", "threads": 1, "batch": 1, "layers": []}
 
 

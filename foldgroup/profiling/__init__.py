@@ -50,7 +50,7 @@ __all__ = ["LayerTime", "Limits", "Profile", "machine_limits", "profile"]
 TURNS = 2
 """The network's time and its layers' are measured in so many turns."""
 
-_ROUNDS = (3, 100)
+_ROUNDS = (2, 100)
 """Runs in a turn, at least and at most."""
 
 

@@ -43,7 +43,7 @@ _FIRST = 16
 MOST_CACHE = 64 << 20
 """Bytes of cache to outgrow, at most."""
 
-_SECONDS = 0.1
+_SECONDS = 0.05
 """For every probe, and for each kind of access to memory."""
 
 _STEP = 0.05
