@@ -112,7 +112,7 @@ def settings(threads: int) -> dict[str, list[Setting]]:
         for count in (1, threads):
             setting = Setting(f"{main} batch {batch}, {count} threads", tuple(few), count, batch, 60.0)
             found["throughput"].append(setting)
-    for name in ("example", main, "g_resnext50@128#0"):
+    for name in ("example", main):
         baseline = () if name == "example" else ("plain", "tuned")
         others = [Subject("resnext50_32x4d", form, v) for v in OPENVINO for form in baseline]
         forms, variants = ("folded", "packed", "tuned"), ("onnxruntime:fp32", *OPENVINO)

@@ -1,6 +1,6 @@
 """How long does a compile take, and how much memory: full-size networks with random gates, each in a fresh process.
 
-    python -m bench.compile_time --arch g_resnext50 --arch g_resnext101 --threads 2 --json compile_time.json
+    python -m bench.compile_time
 
 This process imports no torch before the compiles have ended: a child's peak memory, as the system counts it, is at
 least what its parent held when it was started.
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+RESULT = Path(__file__).parent / "results" / "compile_time.json"
 GPUS = "sm80,sm89,sm120"
 
 
@@ -75,27 +76,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="processor cores to use")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-engine", action="store_true", help="leave the TensorRT-RTX engine out")
-    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--json", type=Path, default=RESULT, help="file to write")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     if hasattr(os, "sched_setaffinity"):  # for what does not ask OpenMP, such as ONNX Runtime; children inherit it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     results = []
     for arch in arguments.arch or ["g_resnext50", "g_resnext101"]:
-        result = compile_once(arch, arguments.seed, not arguments.no_engine)
-        results.append(result)
-        print(
-            f"{arch}: {result['wall_seconds']:.1f} s, {result['peak_rss_bytes'] / 1e9:.2f} GB, "
-            f"{result['shuffles_kept']} of {result['shuffles_inserted']} shuffles kept, "
-            f"certificate {'holds' if result['certificate']['holds'] else 'FAILS'}, "
-            f"float64 error {result['float64_max_error']:.1e}, "
-            f"engine {sum(engine['bytes'] for engine in result['engines']) / 1e6:.0f} MB"
-        )
+        for engine in (False,) if arguments.no_engine else (False, True):
+            result = compile_once(arch, arguments.seed, engine)
+            results.append(result)
+            print(
+                f"{arch}: {result['wall_seconds']:.1f} s, {result['peak_rss_bytes'] / 1e9:.2f} GB, "
+                f"{result['shuffles_kept']} of {result['shuffles_inserted']} shuffles kept, "
+                f"certificate {'holds' if result['certificate']['holds'] else 'FAILS'}, "
+                f"float64 error {result['float64_max_error']:.1e}, "
+                f"engine {sum(engine['bytes'] for engine in result['engines']) / 1e6:.0f} MB"
+            )
     from foldgroup.measure import machine
 
     document = {"threads": arguments.threads, "runs": results, "machine": machine()}
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    arguments.json.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

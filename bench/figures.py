@@ -6,39 +6,38 @@
 from __future__ import annotations
 
 import json
+import re
+import statistics
 from pathlib import Path
 from typing import Any
 
+from bench.growth import exponents
+from bench.plots import label
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+OTHERS = ("its training form", "its shuffle form", "its folded form", "ResNeXt", "tuned ResNeXt", "ResNet")
 START, END = "<!-- figures: python -m bench.figures -->", "<!-- end of figures -->"
 
 
 def figures() -> str:
     """The Markdown between the markers."""
-    latency = [_read(path) for path in sorted(RESULTS.glob("latency_*.json"))]
-    compiles = _read(RESULTS / "compile_time.json")
-    lines = [_where(latency[0]["machine"]), ""]
-    lines += ["| network | MACs | FLOPs | parameters | median ms | folded form's speed-up (95 % interval) |"]
-    lines += ["| --- | --- | --- | --- | --- | --- |"]
-    for document in latency:
-        over = {entry["over"]: entry for entry in document["speed_ups"]}
-        for subject in document["subjects"]:
-            name = subject["name"]
-            arch = document["checkpoint"]["arch"]
-            label = f"**{arch}, {name}**" if subject["kind"] == "folded form" else name
-            label = f"{arch}, {name}" if subject["kind"] == "training form" else label
-            ratio = over.get(name)
-            speed = f"{ratio['value']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else ""
-            costs = f"{subject['macs'] / 1e9:.2f} G | {subject['flops'] / 1e9:.2f} G | {subject['params'] / 1e6:.1f} M"
-            lines.append(f"| {label} | {costs} | {subject['median_ms']:.1f} | {speed} |")
-    lines += ["", "Gates are random here, which gives more multiply-adds than 32 uniform groups; a ratio below 1 means"]
-    lines += ["that the folded network is slower than that baseline. ONNX Runtime fp32, one thread, batch 1.", ""]
+    compare, compiles = _read(RESULTS / "compare.json"), _read(RESULTS / "compile_time.json")
+    lines = [_where(compare["machine"]), "", *_comparison(compare["settings"]), ""]
     for run in compiles["runs"]:
         lines.append(
-            f"- Compiling {run['arch']} with an engine for three GPUs took {run['wall_seconds']:.0f} s and "
+            f"- Compiling {run['arch']} {'with an engine for three GPUs' if run['engines'] else 'to ONNX'} took "
+            f"{run['wall_seconds']:.0f} s and "
             f"{run['peak_rss_bytes'] / 1e9:.1f} GB on {compiles['threads']} cores: {run['shuffles_inserted']} shuffles "
-            f"inserted, {run['shuffles_kept']} kept, float64 error {run['float64_max_error']:.0e}."
+            f"inserted, {run['shuffles_kept']} kept, float64 error {run['float64_max_error']:.0e}. {_steps(run)}"
+        )
+    grown = _read(RESULTS / "growth.json")
+    for name, runs in grown["series"].items():
+        steepest = {key: max(exponents(runs, key)) for key in ("wall_seconds", "peak_rss_bytes")}
+        lines.append(
+            f"- Compiling networks of {runs[0]['weights'] / 1e6:.1f} to {runs[-1]['weights'] / 1e6:.0f} million "
+            f"weights, more with {name}, takes time that grows as a power of at most {steepest['wall_seconds']:.2f} of "
+            f"the weights, and memory of {steepest['peak_rss_bytes']:.2f} ([growth.md](bench/results/growth.md))."
         )
     for path in sorted(RESULTS.glob("targets_*.json")):
         lines += ["", *_targets(_read(path))]
@@ -46,6 +45,67 @@ def figures() -> str:
     if engines.is_file():
         lines += ["", *_engines(_read(engines))]
     return "\n".join(lines)
+
+
+def _steps(run: dict[str, Any]) -> str:
+    """The steps of a compile that took longest, and what was outside of all: starting up."""
+    steps = sorted(run["step_seconds"].items(), key=lambda item: -item[1])
+    rest = run["wall_seconds"] - sum(seconds for _, seconds in steps)
+    longest = [*(f"{name} {seconds:.1f} s" for name, seconds in steps[:4]), f"imports and start {rest:.1f} s"]
+    return f"The longest steps: {', '.join(longest)}."
+
+
+def _comparison(settings: dict[str, Any]) -> list[str]:
+    """The tuned network against every other form and the baselines, a row for each network; then the spread."""
+    lines = [
+        "Times as fast as … the tuned network is (95 % interval), ONNX Runtime fp32, one thread, batch 1:",
+        "",
+        f"| tuned network | ms | of its limit | {' | '.join(OTHERS)} |",
+        f"| --- | --- | --- | {' | '.join('---' for _ in OTHERS)} |",
+    ]
+    for name, setting in settings.items():
+        if "limits" in setting and name.endswith("#0 latency"):
+            network = name.partition(" ")[0]
+            tuned = setting["subjects"][f"{network} tuned"]
+            found = {_other(entry["over"]): entry for entry in setting["speed_ups"]}
+            row = [label(network), f"{tuned['median_ms']:.1f}", f"{tuned['fraction']:.0%}"]
+            row += [_ratio(found.get(other)) for other in OTHERS]
+            lines.append(f"| {' | '.join(row)} |")
+    lines += ["", f"Over {_seeds(settings, 'g_resnext50@32')[0]} seeds of gates, median and range:", ""]
+    for b in (32, 128):
+        _, found = _seeds(settings, f"g_resnext50@{b}")
+        spread = (
+            f"{statistics.median(values):.3f} ({min(values):.3f}–{max(values):.3f}) {other}"
+            for other, values in found.items()
+        )
+        lines.append(f"- b = {b}: {', '.join(spread)}.")
+    lines += ["", "Gates are random, with fewer groups in low layers and as many ones in all masks as b uniform groups"]
+    return [*lines, "leave; a ratio below 1 means that the tuned network is slower."]
+
+
+def _seeds(settings: dict[str, Any], network: str) -> tuple[int, dict[str, list[float]]]:
+    """How many settings time ``network`` with gates of some seed, and in each the tuned network's speed-ups."""
+    mine = [setting for name, setting in settings.items() if re.fullmatch(rf"{network}#\d+ latency", name)]
+    found: dict[str, list[float]] = {}
+    for setting in mine:
+        for entry in setting["speed_ups"]:
+            if _other(entry["over"]) in OTHERS:
+                found.setdefault(_other(entry["over"]), []).append(entry["value"])
+    return len(mine), {other: values for other, values in found.items() if len(values) == len(mine)}
+
+
+def _other(subject: str) -> str:
+    """What the tuned network is compared with, in a column's words."""
+    network, _, form = subject.partition(" ")
+    if "@" in network:
+        return f"its {form} form"
+    return f"{'tuned ' if form == 'tuned' else ''}{re.sub('50.*|101.*', '', label(network)).rstrip('-')}" * (
+        form != "packed"
+    )
+
+
+def _ratio(entry: dict[str, float] | None) -> str:
+    return f"{entry['value']:.3f} ({entry['low']:.3f}–{entry['high']:.3f})" if entry else ""
 
 
 def _targets(document: dict[str, Any]) -> list[str]:

@@ -350,7 +350,8 @@ def _profiled(
     for variant, model in models.items():
         if variant.target.name in RUNTIMES and str(variant) in ran.results:
             inputs = seeded_inputs(shape).numpy()
-            return profile(variant, model, inputs, threads or os.cpu_count() or 1, seconds=PROFILE_SECONDS).as_dict()
+            cores = threads or os.cpu_count() or 1
+            return profile(variant, model, inputs, cores, seconds=PROFILE_SECONDS, turns=1).as_dict()
     return None
 
 

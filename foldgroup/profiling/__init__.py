@@ -47,9 +47,6 @@ from foldgroup.targets import Variant, make_runner
 
 __all__ = ["LayerTime", "Limits", "Profile", "machine_limits", "profile"]
 
-TURNS = 2
-"""The network's time and its layers' are measured in so many turns."""
-
 _ROUNDS = (2, 100)
 """Runs in a turn, at least and at most."""
 
@@ -95,9 +92,17 @@ class Profile:
 
 
 def profile(
-    variant: Variant, model: bytes, inputs: npt.NDArray[np.float32], threads: int = 1, *, seconds: float = 4
+    variant: Variant,
+    model: bytes,
+    inputs: npt.NDArray[np.float32],
+    threads: int = 1,
+    *,
+    seconds: float = 4,
+    turns: int = 2,
 ) -> Profile:
     """Time ``model``, an ONNX file, layer by layer on ``inputs`` [N, C, …], for about ``seconds``.
+
+    The network's time and its layers' are measured in so many ``turns``.
 
     To that come loading, and a second for the limits if they were not measured yet in this process.
 
@@ -115,8 +120,8 @@ def profile(
         network = Network(model, inputs, variant.precision)
         profiler = _profiler(variant, network, inputs, threads)
         stack.enter_context(profiler)
-        for _ in range(TURNS):
-            turn = _turn(partial(runner.outputs, inputs), seconds / TURNS / 2)
+        for _ in range(turns):
+            turn = _turn(partial(runner.outputs, inputs), seconds / turns / 2)
             profiler.sample(len(turn))
             times += turn
         layers = layer_times(network, profiler.executed(), limits)
