@@ -76,8 +76,16 @@ def save_checkpoint(
         "training": training,
         "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
     }
+    write_whole(path, document)
+
+
+def write_whole(path: Path, document: object) -> None:
+    """Save ``document`` to ``path``, which at any moment holds all of it or what it held before."""
     temporary = path.with_name(path.name + ".tmp")
-    torch.save(document, temporary)
+    with temporary.open("wb") as file:
+        torch.save(document, file)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

@@ -29,6 +29,7 @@ from foldgroup.options import (
     precision_options,
     reading_options,
     run_on_option,
+    training_options,
     tuning_options,
 )
 
@@ -313,48 +314,29 @@ def tune(show: bool, export: Path | None, merge: tuple[Path, ...], database: Pat
 @main.command()
 @click.argument("folder", type=ExistingPath)
 @click.option("-o", "--output", type=ExistingPath, required=True, help="Checkpoint to write.")
-@click.option("--arch", required=True, help="Network to train, such as g_resnext50 or g_resnext17_cifar.")
-@click.option(
-    "--complexity",
-    type=click.FloatRange(1),
-    required=True,
-    help="b: the budget is as many ones as b uniform groups leave.",
-)
-@click.option("--epochs", type=click.IntRange(1), default=90, show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), default=0.1, show_default=True)
-@click.option("--weight-decay", type=click.FloatRange(0), default=1e-4, show_default=True, help="Not applied to gates.")
-@click.option(
-    "--freeze-gates",
-    type=click.FloatRange(0, 1),
-    default=1.0,
-    show_default=True,
-    help="Share of the epochs after which gates stop moving once the budget is met; 1: never, as in the paper.",
-)
-@click.option(
-    "--input-size", type=click.IntRange(8), default=224, show_default=True, help="Height and width of the input."
-)
-@click.option(
-    "--holdout",
-    type=click.FloatRange(0, 0.9, min_open=True),
-    default=0.1,
-    show_default=True,
-    help="Share of the images held out to choose the epoch to keep.",
-)
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--workers", type=click.IntRange(0), default=2, show_default=True, help="Processes that load images.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--resume", is_flag=True, help="Go on from <OUTPUT>.state.")
+@training_options
 @_errors_are_messages
-def train(folder: Path, output: Path, resume: bool, **settings: Any) -> None:
-    """Train a groupable network on FOLDER, which has one sub-folder of images per class."""
-    from foldgroup.report.training import TrainingDisplay
-    from foldgroup.train import TrainConfig
-    from foldgroup.train import train as run
+def train(folder: Path, output: Path, recipe: str | None, **settings: Any) -> None:
+    """Train a groupable network on FOLDER, which has one sub-folder of images per class, or CIFAR-10's batches.
 
-    with TrainingDisplay(settings["epochs"]) as display:
-        config = TrainConfig(**settings)
-        best = run(folder, output, config, resume=resume, on_step=display.step, on_epoch=display.epoch)
+    For several GPUs or machines, start it with torchrun: torchrun --nproc-per-node 8 -m foldgroup.cli train ...
+    """
+    from foldgroup.training.config import configured
+
+    where = {name: settings.pop(name) for name in ("validation", "resume", "log", "tensorboard")}
+    config = configured(recipe, **settings)
+    from foldgroup.report.training import TrainingDisplay
+    from foldgroup.training.distributed import is_leader
+    from foldgroup.training.loop import train as run
+
+    try:
+        with TrainingDisplay(config.epochs, shown=is_leader()) as display:
+            best = run(folder, output, config, **where, on_step=display.step, on_epoch=display.epoch)
+    except KeyboardInterrupt:
+        click.echo("Interrupted; go on with --resume from what was last written", err=True)
+        sys.exit(130)
+    if not is_leader():
+        return
     click.echo(
         f"{output}: epoch {best.epoch}, {best.holdout_accuracy:.2f} % on held-out images, "
         f"ζ/o {best.zeta_over_budget:.3f}, groups {' '.join(map(str, best.groups))}"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
+
+from foldgroup.training.config import RECIPES, ImageCheck, Precision, TrainConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 ExistingPath = click.Path(path_type=Path)
@@ -233,3 +236,74 @@ handover_options = _group(
     ),
 )
 """What a bundle holds for a server."""
+
+_SETTINGS = {field.name: field.default for field in fields(TrainConfig)}
+
+
+def _setting(option: str, help: str = "", **how: Any) -> Callable[[F], F]:
+    """A setting of :class:`TrainConfig`; None where it is not given, so that a recipe can say."""
+    name = option.removeprefix("--").partition("/")[0].replace("-", "_")
+    return click.option(option, default=None, help=f"{help}  [default: {_SETTINGS[name]}]".strip(), **how)
+
+
+training_options = _group(
+    click.option(
+        "--recipe",
+        type=click.Choice(list(RECIPES)),
+        help="Take settings that are not given from a recipe: iccv2019-imagenet is the paper's, as far as it says.",
+    ),
+    click.option("--arch", help="Network to train, such as g_resnext50 or g_resnext17_cifar; needed without a recipe."),
+    click.option(
+        "--complexity",
+        type=click.FloatRange(1),
+        help="b: the budget is as many ones as b uniform groups leave; needed without a recipe.",
+    ),
+    _setting("--epochs", type=click.IntRange(1)),
+    _setting("--batch-size", "Images in one update, over all processes.", type=click.IntRange(1)),
+    _setting(
+        "--accumulate",
+        "Micro-batches that an update is summed over, to fit in memory; batch norm sees one at a time.",
+        type=click.IntRange(1),
+    ),
+    _setting("--learning-rate", type=click.FloatRange(0, min_open=True)),
+    _setting("--momentum", type=click.FloatRange(0, 1, max_open=True)),
+    _setting("--weight-decay", "Not applied to gates.", type=click.FloatRange(0)),
+    _setting("--gate-weight-decay", "Weight decay of the gates.", type=click.FloatRange(0)),
+    _setting(
+        "--freeze-gates",
+        "Share of the epochs after which gates stop moving once the budget is met; 1: never, as in the paper.",
+        type=click.FloatRange(0, 1),
+    ),
+    _setting(
+        "--precision",
+        "What convolutions compute in; weights, gates and updates stay in fp32.",
+        type=click.Choice(get_args(Precision)),
+    ),
+    _setting("--compile/--no-compile", "Use torch.compile."),
+    _setting("--input-size", "Height and width of the input.", type=click.IntRange(8)),
+    click.option(
+        "--validation",
+        type=ExistingPath,
+        help="Folder of images to choose the epoch to keep by, with the classes of FOLDER; not the test images.",
+    ),
+    _setting(
+        "--holdout",
+        "Share of the images held out to choose the epoch to keep, without --validation.",
+        type=click.FloatRange(0, 0.9, min_open=True),
+    ),
+    click.option("--classes", type=click.IntRange(1), help="Stop if there are more or fewer.  [default: as found]"),
+    _setting(
+        "--check-images",
+        "What is read of every image before training starts.",
+        type=click.Choice(get_args(ImageCheck)),
+    ),
+    _setting("--seed", type=int),
+    _setting("--workers", "Processes that load images, for each that trains.", type=click.IntRange(0)),
+    _setting("--device", "auto, cpu or cuda; auto takes a GPU if there is one."),
+    _setting("--save-every", "Steps after which <OUTPUT>.state is written within an epoch.", type=click.IntRange(1)),
+    click.option("--resume", is_flag=True, help="Go on from <OUTPUT>.state."),
+    click.option("--log", type=ExistingPath, help="File to write the run to, as JSON lines."),
+    click.option("--tensorboard", type=ExistingPath, help="Folder to write the run to for TensorBoard."),
+    _setting("--log-every", "Steps after which the gates of every layer are logged.", type=click.IntRange(1)),
+)
+"""How a network is trained."""

@@ -12,11 +12,14 @@ import torch
 from PIL import Image
 from torchvision.models import get_model
 
-from foldgroup.checkpoint import Preprocessing
 from foldgroup.errors import ModelError, TrainingError
 from foldgroup.nn import budget
 from foldgroup.nn.complexity import groupable_layers
-from foldgroup.train import TrainConfig, _loader, _merit, _optimizer, _split, accuracy, train
+from foldgroup.training.config import TrainConfig
+from foldgroup.training.data import epoch_order, load, training_batches
+from foldgroup.training.distributed import World
+from foldgroup.training.loop import accuracy, train
+from foldgroup.training.step import optimizer
 
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 50), "red": (220, 40, 30)}
 CONFIG = TrainConfig(
@@ -29,6 +32,7 @@ CONFIG = TrainConfig(
     holdout=0.125,
     workers=0,
 )
+ALONE = World(torch.device("cpu"))
 
 
 class Interruption(Exception):
@@ -64,7 +68,7 @@ def state_file(output):
     return output.with_name(output.name + ".state")
 
 
-def load(path):
+def read(path):
     return torch.load(path, weights_only=True)
 
 
@@ -91,14 +95,14 @@ def assert_identical(one, other):
 
 def test_a_run_writes_a_checkpoint_and_its_state_and_nothing_else(finished):
     assert sorted(p.name for p in finished.output.parent.iterdir()) == ["net.pt", "net.pt.state"]
-    checkpoint = load(finished.output)
+    checkpoint = read(finished.output)
     assert checkpoint["arch"] == CONFIG.arch
     assert checkpoint["classes"] == sorted(COLOURS)
     get_model(CONFIG.arch, num_classes=3).load_state_dict(checkpoint["state_dict"])
 
 
 def test_the_checkpoint_records_the_settings_and_the_history_up_to_the_epoch_it_keeps(finished):
-    training = load(finished.output)["training"]
+    training = read(finished.output)["training"]
     assert {f.name: training[f.name] for f in fields(CONFIG)} == vars(CONFIG)
     assert training["kept_epoch"] == finished.result.epoch
     assert [entry["loss"] for entry in training["history"]] == [r.loss for r in finished.epochs][
@@ -108,24 +112,24 @@ def test_the_checkpoint_records_the_settings_and_the_history_up_to_the_epoch_it_
 
 def test_the_epoch_best_on_held_out_images_is_kept_and_the_later_of_equals(images, tmp_path, monkeypatch):
     scores = iter([50.0, 80.0, 80.0, 60.0])
-    monkeypatch.setattr("foldgroup.train.accuracy", lambda *_: next(scores))
+    monkeypatch.setattr("foldgroup.training.loop.accuracy", lambda *_: next(scores))
     config = replace(CONFIG, complexity=1, epochs=4, batch_size=21)  # b = 1: always within the budget
     assert train(images, tmp_path / "net.pt", config).epoch == 3
-    assert load(tmp_path / "net.pt")["training"]["kept_epoch"] == 3
+    assert read(tmp_path / "net.pt")["training"]["kept_epoch"] == 3
 
 
 def test_an_epoch_within_the_budget_beats_a_more_accurate_one_over_it(finished):
     within = replace(finished.result, zeta_over_budget=1.0, holdout_accuracy=40.0)
     over = replace(finished.result, zeta_over_budget=1.01, holdout_accuracy=90.0)
-    assert _merit(within) > _merit(over)
+    assert within.merit > over.merit
 
 
 def test_the_checkpoint_scores_the_held_out_accuracy_that_was_reported(images, finished):
     model = get_model(CONFIG.arch, num_classes=3)
-    model.load_state_dict(load(finished.output)["state_dict"])
-    _, held_out, _ = _split(images, CONFIG, Preprocessing.standard(CONFIG.input_size))
+    model.load_state_dict(read(finished.output)["state_dict"])
+    _, held_out = split(images)
     batches = torch.utils.data.DataLoader(held_out, batch_size=4)
-    assert accuracy(model, batches, torch.device("cpu")) == finished.result.holdout_accuracy
+    assert accuracy(model, iter(batches), ALONE) == finished.result.holdout_accuracy
     groups = tuple(layer.grouping.groups for layer in groupable_layers(model).values())
     assert groups == finished.result.groups
 
@@ -166,8 +170,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(images, finished
 
     assert epochs == finished.epochs[1:]
     assert result == finished.result
-    assert_identical(load(output), load(finished.output))
-    assert_identical(load(state_file(output)), load(state_file(finished.output)))
+    assert_identical(read(output), read(finished.output))
+    assert_identical(read(state_file(output)), read(state_file(finished.output)))
 
 
 @pytest.fixture
@@ -188,7 +192,7 @@ def test_a_complete_run_goes_on_when_given_more_epochs(images, copied):
     epochs = []
     train(images, copied, replace(CONFIG, epochs=3), resume=True, on_epoch=epochs.append)
     assert [r.epoch for r in epochs] == [3]
-    assert len(load(state_file(copied))["history"]) == 3
+    assert len(read(state_file(copied))["place"]["history"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -271,7 +275,7 @@ def test_a_loss_that_explodes_is_reported_and_writes_nothing(images, tmp_path):
 
 def test_weights_decay_and_gates_do_not():
     model = get_model(CONFIG.arch)
-    decayed, spared = _optimizer(model, CONFIG).param_groups
+    decayed, spared = optimizer(model, CONFIG).param_groups
     gates = {id(layer.gate) for layer in groupable_layers(model).values()}
     assert {id(p) for p in spared["params"]} == gates
     assert {id(p) for p in decayed["params"]} == {id(p) for p in model.parameters()} - gates
@@ -280,15 +284,15 @@ def test_weights_decay_and_gates_do_not():
 
 
 def split(images, **changes):
-    training, held_out, _ = _split(images, replace(CONFIG, **changes), Preprocessing.standard(CONFIG.input_size))
-    return training, held_out
+    found = load(images, None, replace(CONFIG, **changes), ALONE)
+    return found.training, found.holdout
 
 
 def test_held_out_and_training_images_are_disjoint_and_together_everything(images):
     training, held_out = split(images)
     assert sorted([*training.indices, *held_out.indices]) == list(range(48))
     assert len(held_out) == 6
-    assert training.dataset.samples == held_out.dataset.samples
+    assert training.images is held_out.images
 
 
 def test_the_split_depends_on_the_seed_alone(images):
@@ -296,28 +300,30 @@ def test_the_split_depends_on_the_seed_alone(images):
     first = split(images)
     torch.manual_seed(2)
     again, other = split(images), split(images, seed=1)
-    assert [s.indices for s in first] == [s.indices for s in again]
+    assert all(np.array_equal(a.indices, b.indices) for a, b in zip(first, again, strict=True))
     assert set(first[1].indices) != set(other[1].indices)
 
 
 def test_only_training_images_are_augmented(images):
-    torch.manual_seed(0)
     training, held_out = split(images)
     assert torch.equal(held_out[0][0], held_out[0][0])
-    assert any(not torch.equal(training[0][0], training[0][0]) for _ in range(5))
-    assert training[0][0].shape == held_out[0][0].shape == (3, CONFIG.input_size, CONFIG.input_size)
+    assert any(not torch.equal(training[0, 0][0], training[epoch, 0][0]) for epoch in range(1, 6))
+    assert training[0, 0][0].shape == held_out[0][0].shape == (3, CONFIG.input_size, CONFIG.input_size)
 
 
 def test_the_order_of_the_images_depends_on_the_seed_and_the_epoch_alone(images):
     training, _ = split(images)
 
-    def labels(epoch, config=CONFIG):
+    def labels(epoch, config):
         torch.rand(3)  # the state of torch's generator is no part of it
-        return torch.cat([y for _, y in _loader(training, config, epoch, shuffle=True)]).tolist()
+        batches = iter(training_batches(training, config, ALONE, epoch))
+        return torch.cat([next(batches)[1] for _ in range(5)]).tolist()
 
-    assert labels(1) == labels(1)
-    assert labels(1) != labels(2)
-    assert labels(1) != labels(1, replace(CONFIG, seed=1))
+    config = replace(CONFIG, epochs=3)
+    assert labels(1, config) == labels(1, config)
+    assert labels(1, config) != labels(2, config)
+    assert labels(1, config) != labels(1, replace(config, seed=1))
+    assert not torch.equal(epoch_order(48, 0, 1), epoch_order(48, 0, 2))
 
 
 def test_at_least_one_image_is_held_out(images):
@@ -326,7 +332,7 @@ def test_at_least_one_image_is_held_out(images):
 
 def test_zeta_over_budget_is_what_the_masks_say(finished):
     model = get_model(CONFIG.arch, num_classes=3)
-    model.load_state_dict(load(finished.output)["state_dict"])
+    model.load_state_dict(read(finished.output)["state_dict"])
     ones = sum(int(layer.grouping.mask.sum()) for layer in groupable_layers(model).values())
     assert finished.result.zeta_over_budget == pytest.approx(ones / budget(model, CONFIG.complexity))
 
@@ -334,9 +340,9 @@ def test_zeta_over_budget_is_what_the_masks_say(finished):
 def test_frozen_gates_move_until_the_budget_is_met_and_then_no_more(images, tmp_path):
     groups = []
     config = replace(CONFIG, epochs=4, freeze_gates=0.5, complexity=1, learning_rate=0.5)  # a budget of all ones
-    train(images, tmp_path / "a.pt", config, on_step=lambda p: groups.append((p.epoch, p.groups)))
+    train(images, tmp_path / "a.pt", config, on_step=lambda p: groups.append(p.groups))
     gates = torch.load(tmp_path / "a.pt.state", weights_only=True)["model"]
-    assert len({g for epoch, g in groups if epoch >= 2}) == 1  # frozen from the end of epoch 2 on
+    assert len(set(groups[2 * 5 - 1 :])) == 1  # frozen from the end of epoch 2 on
     longer = replace(config, freeze_gates=1.0)
     train(images, tmp_path / "b.pt", longer)
     moved = torch.load(tmp_path / "b.pt.state", weights_only=True)["model"]

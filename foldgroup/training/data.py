@@ -1,0 +1,339 @@
+"""Images → checked, split, dealt to the processes and augmented.
+
+What an image looks like in an epoch depends on the seed, the epoch and the image, and which images make up a batch on
+the seed and the epoch: neither on how many processes load or train, nor on what ran before. So any step of any run can
+be repeated, and W processes see together what one would see alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.transforms import v2
+
+from foldgroup.checkpoint import Preprocessing
+from foldgroup.errors import ImageError, TrainingError
+from foldgroup.images import read_image
+from foldgroup.training.cifar import Cifar10
+from foldgroup.training.config import TrainConfig
+from foldgroup.training.distributed import World
+
+Indices = npt.NDArray[np.int64]
+Batch = tuple[Tensor, Tensor]
+
+
+class Images(Protocol):
+    """Labelled images that can be read one at a time."""
+
+    classes: list[str]
+    labels: Indices
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Image.Image:
+        """One image, in RGB."""
+
+    def check(self, index: int, pixels: bool) -> None:
+        """Read the header of one image, or all of it."""
+
+    def identity(self) -> list[str]:
+        """What tells these images from others."""
+
+
+class Tree:
+    """A folder with one sub-folder of images per class, at any depth: what torchvision's ImageFolder reads.
+
+    Names stand in one array, so that loading processes share them instead of copying millions of objects.
+
+    Raises:
+        TrainingError: if there is no such folder, or a class has no images.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.classes, numbers = find_classes(folder)
+            samples = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
+        except OSError as error:
+            raise TrainingError(f"{folder}: not a folder with one sub-folder of images per class ({error})") from error
+        self.labels: Indices = np.array([label for _, label in samples], dtype=np.int64)
+        self._names = np.array([os.fsencode(os.path.relpath(path, folder)) for path, _ in samples], dtype=np.bytes_)
+        empty = set(range(len(self.classes))) - set(self.labels.tolist())
+        if empty:
+            raise TrainingError(
+                f"{folder / self.classes[min(empty)]}: no image in this class folder; put in some that end in "
+                f"{', '.join(IMG_EXTENSIONS)}, or remove it"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> Path:
+        """The file of one image."""
+        return self.folder / os.fsdecode(self._names[index])
+
+    def read(self, index: int) -> Image.Image:
+        """One image, in RGB.
+
+        Raises:
+            ImageError: naming the file, if it cannot be read whole.
+        """
+        return read_image(self.path(index))
+
+    def check(self, index: int, pixels: bool) -> None:
+        """Read the header of one image, and the checksums of a format that has them; or decode it.
+
+        Raises:
+            ImageError: naming the file.
+        """
+        path = self.path(index)
+        if pixels:
+            read_image(path)
+            return
+        try:
+            with Image.open(path) as image:
+                image.verify()
+        except Exception as error:  # a damaged file may raise anything
+            raise ImageError(f"{path}: not a readable image ({error}); remove or replace it") from error
+
+    def identity(self) -> list[str]:
+        """The names of all files."""
+        return [os.fsdecode(name) for name in self._names]
+
+
+@dataclass(frozen=True)
+class Broken:
+    """In place of a batch: what is wrong with an image in it, told by the process that loads to the one that trains."""
+
+    message: str
+
+
+class Plain(Dataset[Any]):
+    """Images preprocessed as the checkpoint will say: float32 [3, S, S] and a label."""
+
+    def __init__(self, images: Images, indices: Indices, preprocessing: Preprocessing) -> None:
+        self.images, self.indices = images, indices
+        self.transform = preprocessing.transform()
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, int] | Broken:
+        index = int(self.indices[place])
+        try:
+            return self.transform(self.images.read(index)), int(self.images.labels[index])
+        except ImageError as error:
+            return Broken(str(error))
+
+
+class Augmented(Dataset[Any]):
+    """Images cropped and flipped at random: uint8 [3, S, S], to be normalised on the device, and a label.
+
+    Keys are (epoch, place). An image's randomness is drawn from the seed, the epoch and the image.
+    """
+
+    def __init__(self, images: Images, indices: Indices, size: int, seed: int) -> None:
+        self.images, self.indices, self.seed = images, indices, seed
+        small = size <= 64
+        crop: v2.Transform = v2.RandomCrop(size, size // 8) if small else v2.RandomResizedCrop(size, antialias=True)
+        resize = [v2.Resize((size, size), antialias=True)] if small else []
+        self.transform = v2.Compose([*resize, crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | Broken:
+        epoch, place = key
+        index = int(self.indices[place])
+        try:
+            image = self.images.read(index)
+        except ImageError as error:
+            return Broken(str(error))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mixed(self.seed, epoch, index))
+            return self.transform(image), int(self.images.labels[index])
+
+
+class Normalize:
+    """uint8 [N, 3, S, S] as the network's float32 input, on the images' device: a quarter of the bytes to move."""
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
+        self.mean = torch.tensor(preprocessing.mean, device=device).reshape(1, -1, 1, 1)
+        self.std = torch.tensor(preprocessing.std, device=device).reshape(1, -1, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The images in float32."""
+        return (images.float() / 255 - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a run learns from and what it chooses the epoch by."""
+
+    training: Augmented
+    holdout: Plain
+    classes: list[str]
+
+    def digest(self) -> str:
+        """The same for all processes that see the same images."""
+        told = (self.training.images, self.holdout.images)
+        text = "\n".join(line for images in told for line in [*images.classes, *images.identity()])
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def load(folder: Path, validation: Path | None, config: TrainConfig, world: World) -> Split:
+    """Find the images of ``folder``, check them, and split them by the seed unless there is a ``validation`` folder.
+
+    Every process checks its share of the images.
+
+    Raises:
+        TrainingError: naming the folder or file that does not fit.
+    """
+    images: Images = Cifar10.find(folder) or Tree(folder)
+    if config.classes not in (None, len(images.classes)):
+        raise TrainingError(
+            f"{folder}: {len(images.classes)} classes, and {config.classes} are expected; "
+            f"see what is missing, or give --classes {len(images.classes)}"
+        )
+    _check(images, config, world)
+    preprocessing = Preprocessing.standard(config.input_size)
+    order = np.asarray(torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed)))
+    if validation is None:
+        count = max(1, round(config.holdout * len(order)))
+        holdout = Plain(images, order[:count], preprocessing)
+        order = order[count:]
+    else:
+        holdout = _validation(folder, images, validation, config, world)
+    if len(order) < config.batch_size:
+        raise TrainingError(f"{folder}: {len(order)} training images are less than one batch of {config.batch_size}")
+    return Split(Augmented(images, order, config.input_size, config.seed), holdout, images.classes)
+
+
+def _validation(folder: Path, images: Images, validation: Path, config: TrainConfig, world: World) -> Plain:
+    """All images of ``validation``, whose classes must be those of the training images."""
+    others = Tree(validation)
+    for name in sorted(set(images.classes) ^ set(others.classes)):
+        here, there = (validation, folder) if name in images.classes else (folder, validation)
+        raise TrainingError(f"{here / name}: this class is missing, and {there} has it; both need the same classes")
+    _check(others, config, world)
+    return Plain(others, np.arange(len(others)), Preprocessing.standard(config.input_size))
+
+
+def _check(images: Images, config: TrainConfig, world: World) -> None:
+    """Read of this process's share of the images what ``config.check_images`` says."""
+    if config.check_images == "none":
+        return
+    share = range(world.rank, len(images), world.size)
+
+    def check(begin: int) -> None:
+        for index in share[begin : begin + 256]:
+            images.check(index, config.check_images == "pixels")
+
+    with ThreadPoolExecutor(max(1, config.workers)) as pool:
+        try:
+            for _ in pool.map(check, range(0, len(share), 256)):
+                pass
+        except ImageError as error:
+            pool.shutdown(cancel_futures=True)
+            raise TrainingError(str(error)) from error
+
+
+def mixed(*numbers: int) -> int:
+    """A seed that depends on all of ``numbers``, and is unlike that of any others."""
+    digest = hashlib.blake2b(",".join(map(str, numbers)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+class Shares(Sampler[list[tuple[int, int]]]):
+    """The keys (epoch, place) that are this process's, for every micro-batch from a step on to the end of the run.
+
+    Step s of an epoch takes places s·B to (s+1)·B of the epoch's order. They are cut into micro-batches, and each of
+    those into one share a process: the batch and the micro-batches are the same for any number of processes.
+    """
+
+    def __init__(self, count: int, config: TrainConfig, world: World, epoch: int = 0, step: int = 0) -> None:
+        self.count, self.config, self.world = count, config, world
+        self.start = epoch, step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        batch, parts = self.config.batch_size, self.config.accumulate * self.world.size
+        share = batch // parts
+        first_epoch, first_step = self.start
+        for epoch in range(first_epoch, self.config.epochs):
+            order = epoch_order(self.count, self.config.seed, epoch)
+            for step in range(first_step if epoch == first_epoch else 0, self.count // batch):
+                for begin in range(step * batch + self.world.rank * share, (step + 1) * batch, share * self.world.size):
+                    yield [(epoch, place) for place in order[begin : begin + share].tolist()]
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """The order of ``count`` training images in an epoch."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def training_batches(
+    data: Augmented, config: TrainConfig, world: World, epoch: int = 0, step: int = 0
+) -> DataLoader[Any]:
+    """The micro-batches that are this process's, from a step on: uint8 [n, 3, S, S] and labels [n].
+
+    One loader serves the whole run, so that loading never pauses between epochs.
+    """
+    shares = Shares(len(data), config, world, epoch, step)
+    return _loader(data, config, world, batch_sampler=shares, prefetch_factor=4 if config.workers else None)
+
+
+def holdout_batches(data: Plain, config: TrainConfig, world: World) -> DataLoader[Any]:
+    """The share of the held-out images that is this process's: float32 [n, 3, S, S] and labels [n]."""
+    share = range(world.rank, len(data), world.size)
+    return _loader(data, config, world, sampler=share, batch_size=min(256, config.batch_size))
+
+
+def _loader(data: Dataset[Any], config: TrainConfig, world: World, **how: Any) -> DataLoader[Any]:
+    return DataLoader(
+        data,
+        num_workers=config.workers,
+        generator=torch.Generator(),  # so that torch's own is left alone
+        pin_memory=world.device.type == "cuda",
+        collate_fn=_collate,
+        **how,
+    )
+
+
+def _collate(items: list[Any]) -> Any:
+    broken = next((item for item in items if isinstance(item, Broken)), None)
+    return broken if broken is not None else default_collate(items)
+
+
+def good(batches: Iterator[Any]) -> Iterator[Batch]:
+    """The batches that a loader gives.
+
+    Raises:
+        TrainingError: naming the file, if an image cannot be read; or if a process that loads was killed.
+    """
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(
+                f"a process that loads images was killed ({error}): use fewer --workers, or give it more shared memory"
+            ) from error
+        if isinstance(batch, Broken):
+            raise TrainingError(batch.message)
+        yield batch

@@ -1,0 +1,270 @@
+"""The loop: epochs of updates, the held-out images after each, and what is written when.
+
+The recipe is section 4's of the paper: SGD with momentum 0.9 and weight decay 1e-4, a cosine learning rate, random crop
+and flip, gates from ±1e-8, and the loss multiplied by [o/ζ]^a while ζ > o (section 3.3). Two departures, both plain:
+weight decay leaves the gates alone (they have no scale to decay) unless ``gate_weight_decay`` says otherwise, and part
+of the training images is held out to choose the epoch that is kept, so that test images are only ever used for the
+final measurement. A third on request, not in the paper: ``freeze_gates`` stops the gates late in training, once the
+budget is met. The penalty is gentle, so a short run may otherwise end over budget, or with a gate that still changes
+sign.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from foldgroup.checkpoint import Preprocessing, save_checkpoint
+from foldgroup.errors import TrainingError
+from foldgroup.training.config import TrainConfig
+from foldgroup.training.data import Batch, Split, good, holdout_batches, load, training_batches
+from foldgroup.training.distributed import World, join
+from foldgroup.training.logs import Logs
+from foldgroup.training.progress import EpochResult, Progress
+from foldgroup.training.state import Place, read_state, restore, save_state, state_path
+from foldgroup.training.step import Trainer
+
+REPORT_EVERY = 10
+"""Steps after which a GPU, or several processes, are waited for to tell how they stand; one CPU tells every step."""
+
+
+def train(
+    folder: Path,
+    output: Path,
+    config: TrainConfig,
+    *,
+    validation: Path | None = None,
+    resume: bool = False,
+    log: Path | None = None,
+    tensorboard: Path | None = None,
+    on_step: Callable[[Progress], None] = lambda _: None,
+    on_epoch: Callable[[EpochResult], None] = lambda _: None,
+) -> EpochResult:
+    """Train ``config.arch`` on the images in ``folder``; write the best epoch to ``output``.
+
+    ``folder`` has one sub-folder of images per class, or CIFAR-10's batches. The best epoch is the one most accurate on
+    the held-out images (those in ``validation`` if given) among those with ζ ≤ o, or among all while none meets the
+    budget. What is needed to go on stands beside it in ``<output>.state``, never more than ``config.save_every`` steps
+    old. Under ``torchrun`` all processes call this alike; the first one writes and calls back.
+
+    Raises:
+        TrainingError: if the folder, an image, the architecture or the state to resume does not fit.
+    """
+    with join(config.device) as world:
+        run = _prepare(folder, output, config, world, validation, resume, log, tensorboard)
+        with closing(run.logs):
+            return run.all_epochs(on_step, on_epoch)
+
+
+def _prepare(
+    folder: Path,
+    output: Path,
+    config: TrainConfig,
+    world: World,
+    validation: Path | None,
+    resume: bool,
+    log: Path | None,
+    tensorboard: Path | None,
+) -> _Run:
+    """Everything that can fail before the first update, in every process or in none."""
+    state = world.agree(lambda: _check_start(output, config, world, resume))
+    split = world.agree(lambda: load(folder, validation, config, world))
+    if len(set(world.gather(split.digest() if world.size > 1 else ""))) > 1:
+        raise TrainingError(f"{folder}: not all processes see the same images there; copy the folder anew")
+    trainer = world.agree(lambda: Trainer(config, len(split.classes), world))
+    place = Place()
+    state = world.share(state)
+    if state is not None:
+        place = world.agree(lambda: restore(state_path(output), state, trainer))
+        if not world.leader:
+            place.totals = Place().totals
+    trainer.start()
+    steps = len(split.training) // config.batch_size
+    mine = (log, tensorboard) if world.leader else (None, None)
+    logs = world.agree(lambda: Logs(*mine, epoch=place.epoch, step=place.step, steps=steps))
+    return _Run(output, config, world, split, trainer, place, logs, steps)
+
+
+def _check_start(output: Path, config: TrainConfig, world: World, resume: bool) -> dict[str, Any] | None:
+    """What can be told at once; of a run that is resumed, its state."""
+    if config.batch_size % (config.accumulate * world.size):
+        raise TrainingError(
+            f"a batch of {config.batch_size} does not divide into equal shares for {world.size} processes with "
+            f"{config.accumulate} micro-batches each; use a --batch-size that is a multiple of "
+            f"{config.accumulate * world.size}"
+        )
+    if not world.leader:
+        return None
+    if not output.parent.is_dir():
+        raise TrainingError(f"{output.parent}: no such folder to write the checkpoint to; create it first")
+    return read_state(state_path(output), config) if resume else None
+
+
+@dataclass
+class _Clock:
+    """How long images took and were waited for since the last report."""
+
+    started: float = field(default_factory=time.perf_counter)
+    waited: float = 0.0
+    images: int = 0
+
+    def next(self, batches: Iterator[Batch]) -> Batch:
+        before = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - before
+        self.images += len(batch[1])
+        return batch
+
+    def rates(self, world: World) -> tuple[float, float]:
+        """Images a second over all processes, and the share of time waited; starts anew."""
+        elapsed = max(time.perf_counter() - self.started, 1e-9)
+        rates = self.images * world.size / elapsed, self.waited / elapsed
+        self.started, self.waited, self.images = time.perf_counter(), 0.0, 0
+        return rates
+
+
+@dataclass
+class _Run:
+    """A run that is ready, at ``place``."""
+
+    output: Path
+    config: TrainConfig
+    world: World
+    split: Split
+    trainer: Trainer
+    place: Place
+    logs: Logs
+    steps: int
+
+    def all_epochs(self, on_step: Callable[[Progress], None], on_epoch: Callable[[EpochResult], None]) -> EpochResult:
+        """Train to the end of the last epoch; returns the best."""
+        place, config = self.place, self.config
+        self.logs.start(config, (place.epoch, place.step), self.world.size)
+        loader = training_batches(self.split.training, config, self.world, place.epoch, place.step)
+        batches = good(iter(loader)) if place.epoch < config.epochs else iter(())
+        while place.epoch < config.epochs:
+            rate = self._epoch(batches, on_step)
+            result = self._result(rate)
+            place.history.append(result)
+            better = place.best is None or result.merit >= place.best.merit
+            place.best = result if better else place.best
+            place.epoch, place.step, place.totals = place.epoch + 1, 0, Place().totals
+            if self.world.leader:
+                if better:
+                    self._save_best(result)
+                save_state(state_path(self.output), config, self.trainer, place)
+                self.logs.epoch(result)
+                on_epoch(result)
+        if place.best is None:
+            raise TrainingError(f"{state_path(self.output)}: training is already complete; raise --epochs to go on")
+        self.logs.end(place.best)
+        return place.best
+
+    def _epoch(self, batches: Iterator[Batch], on_step: Callable[[Progress], None]) -> float:
+        """The updates left of this epoch; returns the last one's learning rate."""
+        place, config, trainer = self.place, self.config, self.trainer
+        trainer.model.train()
+        totals = torch.tensor(place.totals, dtype=torch.float64, device=self.world.device)
+        clock, rate = _Clock(), 0.0
+        while place.step < self.steps:
+            number = place.epoch * self.steps + place.step
+            rate = config.learning_rate * (1 + math.cos(math.pi * number / self.steps / config.epochs)) / 2
+            trainer.set_rate(rate, freeze=place.epoch >= config.freeze_gates * config.epochs)
+            totals += trainer.update([clock.next(batches) for _ in range(config.accumulate)], number)
+            place.step += 1
+            saving = (number + 1) % config.save_every == 0
+            logging = (number + 1) % config.log_every == 0
+            if saving or logging or self._reports():
+                all_totals = self._finite(self.world.total(totals).tolist())
+                self._report(all_totals, rate, clock, on_step, logging)
+                if saving or place.step == self.steps:
+                    totals = self._fold(all_totals)
+                if saving and place.step < self.steps and self.world.leader:
+                    save_state(state_path(self.output), config, trainer, place)
+        return rate
+
+    def _reports(self) -> bool:
+        alone = self.world.size == 1 and self.world.device.type == "cpu"
+        return alone or self.place.step % REPORT_EVERY == 0 or self.place.step == self.steps
+
+    def _finite(self, totals: list[float]) -> list[float]:
+        if not math.isfinite(totals[0]):
+            epoch = self.place.epoch + 1
+            raise TrainingError(f"the loss is {totals[0]} in epoch {epoch}: use a lower --learning-rate")
+        return totals
+
+    def _fold(self, totals: list[float]) -> torch.Tensor:
+        """Let the leader hold what all have summed up, whether or not the run is resumed from here."""
+        self.place.totals = totals
+        own = totals if self.world.leader else Place().totals
+        return torch.tensor(own, dtype=torch.float64, device=self.world.device)
+
+    def _report(
+        self, totals: list[float], rate: float, clock: _Clock, on_step: Callable[[Progress], None], logging: bool
+    ) -> None:
+        losses, _, seen = totals
+        rates = clock.rates(self.world)
+        if not self.world.leader:
+            return
+        place, trainer = self.place, self.trainer
+        progress = Progress(
+            place.epoch + 1,
+            place.step,
+            self.steps,
+            losses / seen,
+            trainer.zeta_over_budget,
+            trainer.groups,
+            rate,
+            *rates,
+        )
+        if logging and self.logs.wanted:
+            self.logs.progress(progress, trainer)
+        on_step(progress)
+
+    def _result(self, rate: float) -> EpochResult:
+        losses, right, seen = self.place.totals
+        held_out = holdout_batches(self.split.holdout, self.config, self.world)
+        return EpochResult(
+            self.place.epoch + 1,
+            losses / seen,
+            100 * right / seen,
+            accuracy(self.trainer.model, good(iter(held_out)), self.world),
+            self.trainer.zeta_over_budget,
+            self.trainer.groups,
+            rate,
+        )
+
+    def _save_best(self, result: EpochResult) -> None:
+        record = {
+            **asdict(self.config),
+            "processes": self.world.size,
+            "kept_epoch": result.epoch,
+            "history": [asdict(r) for r in self.place.history],
+        }
+        config, model = self.config, self.trainer.model
+        preprocessing = Preprocessing.standard(config.input_size)
+        try:
+            save_checkpoint(self.output, model, config.arch, preprocessing, self.split.classes, training=record)
+        except (OSError, RuntimeError) as error:
+            raise TrainingError(f"{self.output}: cannot be written ({error}); make room, then use --resume") from error
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterator[Batch], world: World) -> float:
+    """Top-1 accuracy in percent over all processes' ``batches`` of images [N, C, H, W] and labels [N]."""
+    model.eval()
+    counts = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for images, labels in batches:
+        predicted = model(images.to(world.device, memory_format=torch.channels_last)).argmax(1)
+        right = (predicted == labels.to(world.device)).sum()
+        counts += torch.stack([right.double(), counts.new_tensor(len(labels))])
+    correct, total = world.total(counts).tolist()
+    return float(100 * correct / total)
