@@ -302,7 +302,7 @@ training_options = _group(
     _setting("--device", "auto, cpu or cuda; auto takes a GPU if there is one."),
     _setting("--save-every", "Steps after which <OUTPUT>.state is written within an epoch.", type=click.IntRange(1)),
     click.option("--resume", is_flag=True, help="Go on from <OUTPUT>.state."),
-    click.option("--log", type=ExistingPath, help="File to write the run to, as JSON lines."),
+    click.option("--json-log", "log", type=ExistingPath, help="File to write the run to, as JSON lines."),
     click.option("--tensorboard", type=ExistingPath, help="Folder to write the run to for TensorBoard."),
     _setting("--log-every", "Steps after which the gates of every layer are logged.", type=click.IntRange(1)),
 )

@@ -168,15 +168,15 @@ class Augmented(Dataset[Any]):
 
 
 class Normalize:
-    """uint8 [N, 3, S, S] as the network's float32 input, on the images' device: a quarter of the bytes to move."""
+    """uint8 [N, 3, S, S] as the network's input, on the images' device: a quarter of the bytes to move."""
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
         self.mean = torch.tensor(preprocessing.mean, device=device).reshape(1, -1, 1, 1)
         self.std = torch.tensor(preprocessing.std, device=device).reshape(1, -1, 1, 1)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The images in float32."""
-        return (images.float() / 255 - self.mean) / self.std
+        """The images in torch's default dtype, float32 unless it was changed."""
+        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
 
 
 @dataclass(frozen=True)

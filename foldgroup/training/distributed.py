@@ -84,7 +84,7 @@ class World:
         if self.size == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def with_synced_batchnorm(self, model: nn.Module) -> nn.Module:
         """``model`` with batch norms that take their statistics over all processes; names and tensors stay."""

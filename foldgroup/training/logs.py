@@ -40,7 +40,7 @@ class Logs:
             temporary.write_text(kept, encoding="utf-8")
             temporary.replace(path)
         except OSError as error:
-            raise TrainingError(f"{path}: the log cannot be written ({error.strerror}); give another --log") from error
+            raise TrainingError(f"{path}: cannot be written ({error.strerror}); give another --json-log") from error
 
     @property
     def wanted(self) -> bool:
@@ -84,7 +84,7 @@ class Logs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"event": event, **entries}, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise TrainingError(f"{self.path}: the log cannot be written ({error.strerror}); make room") from error
+            raise TrainingError(f"{self.path}: cannot be written ({error.strerror}); make room") from error
 
     def _scalars(self, scalars: dict[str, float], number: int) -> None:
         if self._board is not None:
@@ -134,7 +134,7 @@ def _before(path: Path, epoch: int, step: int) -> str:
 def _writer(folder: Path, purge_step: int) -> Any:
     if find_spec("tensorboard") is None:
         raise TrainingError(
-            f"{folder}: TensorBoard is not installed; install foldgroup[tensorboard], or use --log for JSON lines"
+            f"{folder}: TensorBoard is not installed; install foldgroup[tensorboard], or use --json-log"
         )
     from torch.utils.tensorboard import SummaryWriter
 

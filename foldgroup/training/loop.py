@@ -261,9 +261,10 @@ class _Run:
 def accuracy(model: nn.Module, batches: Iterator[Batch], world: World) -> float:
     """Top-1 accuracy in percent over all processes' ``batches`` of images [N, C, H, W] and labels [N]."""
     model.eval()
+    dtype = next(model.parameters()).dtype
     counts = torch.zeros(2, dtype=torch.float64, device=world.device)
     for images, labels in batches:
-        predicted = model(images.to(world.device, memory_format=torch.channels_last)).argmax(1)
+        predicted = model(images.to(world.device, dtype, memory_format=torch.channels_last)).argmax(1)
         right = (predicted == labels.to(world.device)).sum()
         counts += torch.stack([right.double(), counts.new_tensor(len(labels))])
     correct, total = world.total(counts).tolist()

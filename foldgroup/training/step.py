@@ -103,12 +103,12 @@ class Trainer:
         return totals
 
     def _logits(self, images: Tensor) -> Tensor:
-        """Logits in float32, computed in the precision that was asked for."""
+        """Logits in float32 or wider, computed in the precision that was asked for."""
         assert self._called is not None
         dtype = _DTYPES[self.config.precision]
         with torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32):
             logits: Tensor = self._called(images)
-        return logits.float()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _synchronised(self, *, last: bool) -> AbstractContextManager[None]:
         """Average gradients over the processes once, after the last micro-batch."""
