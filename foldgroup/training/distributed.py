@@ -128,9 +128,8 @@ def join(device: str) -> Iterator[World]:
                 f"process {rank} of {size} lost the others: see what the first to end says, then go on with --resume"
             ) from error
         raise
-    finally:
-        if started:
-            distributed.destroy_process_group()
+    if started:  # only at a good end: after an error it would wait for processes that are gone
+        distributed.destroy_process_group()
 
 
 def _device(name: str, local_rank: int) -> torch.device:
@@ -141,8 +140,10 @@ def _device(name: str, local_rank: int) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise TrainingError(f"--device {name}: there is no such device; use auto, cpu or cuda") from error
-    if device.type != "cuda":
+    if device.type == "cpu":
         return device
+    if device.type != "cuda":
+        raise TrainingError(f"--device {name}: training runs on the CPU and on CUDA; use auto, cpu or cuda")
     index = local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise TrainingError(
@@ -150,4 +151,5 @@ def _device(name: str, local_rank: int) -> torch.device:
             f"{torch.cuda.device_count()}; start fewer with --nproc-per-node, or use --device cpu"
         )
     torch.cuda.set_device(index)
+    torch.backends.cudnn.benchmark = True  # batches have one shape
     return torch.device("cuda", index)

@@ -30,6 +30,27 @@ images, output, accumulate = sys.argv[1:]
 train(Path(images), Path(output), replace(CONFIG, epochs=1, accumulate=int(accumulate)))
 """
 
+FAILS_IN_ONE = """
+import os, sys
+from dataclasses import replace
+from pathlib import Path
+from pictures import CONFIG
+from foldgroup.errors import ImageError, TrainingError
+from foldgroup.training.data import Tree
+from foldgroup.training.loop import train
+reads, read = [], Tree.read
+def fails(self, index):
+    reads.append(index)
+    if os.environ["RANK"] == "1" and len(reads) > 10:
+        raise ImageError("here.png: broken")
+    return read(self, index)
+Tree.read = fails
+try:
+    train(Path(sys.argv[1]), Path(sys.argv[2]), CONFIG)
+except TrainingError as error:
+    sys.exit(f"Error: {error}")
+"""
+
 
 def train_in_float64(images: Path, folder: Path, processes: int, accumulate: int) -> dict[str, torch.Tensor]:
     """The network after five updates, in a precision whose rounding cannot turn a gate."""
@@ -83,6 +104,14 @@ def test_an_error_in_any_process_ends_all_with_one_message(tmp_path: Path) -> No
     assert "03.png: not a readable image" in results[0].stderr
     assert results[1].stderr == "Error: process 1 stopped: process 1 failed\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
+
+
+def test_an_error_in_one_process_while_training_ends_the_others(images: Path, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(FAILS_IN_ONE)
+    leader, other = together(2, script, images, tmp_path / "net.pt")
+    assert "Error: here.png: broken" in other.stderr
+    assert "Error: process 0 of 2 lost the others: see what the first to end says" in leader.stderr
 
 
 def test_what_makes_up_a_batch_does_not_depend_on_how_many_share_it() -> None:
