@@ -319,8 +319,10 @@ def tune(show: bool, export: Path | None, merge: tuple[Path, ...], database: Pat
 def train(folder: Path, output: Path, recipe: str | None, **settings: Any) -> None:
     """Train a groupable network on FOLDER, which has one sub-folder of images per class, or CIFAR-10's batches.
 
-    For several GPUs or machines, start it with torchrun: torchrun --nproc-per-node 8 -m foldgroup.cli train ...
-    """
+    \b
+    On several GPUs or machines:
+    torchrun --nproc-per-node 8 -m foldgroup.cli train ...
+    """  # noqa: D301  # click wants the character itself
     from foldgroup.training.config import configured
 
     where = {name: settings.pop(name) for name in ("validation", "resume", "log", "tensorboard")}

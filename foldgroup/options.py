@@ -243,7 +243,8 @@ _SETTINGS = {field.name: field.default for field in fields(TrainConfig)}
 def _setting(option: str, help: str = "", **how: Any) -> Callable[[F], F]:
     """A setting of :class:`TrainConfig`; None where it is not given, so that a recipe can say."""
     name = option.removeprefix("--").partition("/")[0].replace("-", "_")
-    return click.option(option, default=None, help=f"{help}  [default: {_SETTINGS[name]}]".strip(), **how)
+    default = "no" if _SETTINGS[name] is False else _SETTINGS[name]
+    return click.option(option, default=None, help=f"{help}  [default: {default}]".strip(), **how)
 
 
 training_options = _group(

@@ -76,7 +76,11 @@ def together(processes: int, *arguments: object) -> list[subprocess.CompletedPro
         )
         for rank in range(processes)
     ]
-    told = [process.communicate(timeout=240) for process in running]
+    try:
+        told = [process.communicate(timeout=120) for process in running]
+    finally:
+        for process in running:
+            process.kill()
     return [subprocess.CompletedProcess(line, p.returncode, *t) for p, t in zip(running, told, strict=True)]
 
 

@@ -19,15 +19,22 @@ from foldgroup.training.distributed import World, join
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 IN_FLOAT64 = """
-import sys
+import os, shutil, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
 from pictures import CONFIG
 from foldgroup.training.loop import train
 torch.set_default_dtype(torch.float64)
-images, output, accumulate = sys.argv[1:]
-train(Path(images), Path(output), replace(CONFIG, epochs=1, accumulate=int(accumulate)))
+if os.environ["WORLD_SIZE"] != "1":
+    torch.distributed.init_process_group("gloo")  # one for both runs
+images, output, resumed = map(Path, sys.argv[1:])
+config = replace(CONFIG, epochs=1, accumulate=2, save_every=2, log_every=1)
+def keep(progress):
+    if progress.step == 4:  # when the state of step 2 is the last that was written
+        shutil.copy(f"{output}.state", f"{resumed}.state")
+train(images, output, config, on_step=keep)
+train(images, resumed, config, resume=True)
 """
 
 FAILS_IN_ONE = """
@@ -52,18 +59,20 @@ except TrainingError as error:
 """
 
 
-def train_in_float64(images: Path, folder: Path, processes: int, accumulate: int) -> dict[str, torch.Tensor]:
-    """The network after five updates, in a precision whose rounding cannot turn a gate."""
-    script, output = folder / "run.py", folder / f"{processes}.pt"
+def train_in_float64(images: Path, folder: Path, processes: int) -> dict[str, torch.Tensor]:
+    """The network after five updates, in a precision whose rounding cannot turn a gate; resuming changes nothing."""
+    script, output, resumed = folder / "run.py", folder / f"{processes}.pt", folder / f"{processes}.resumed.pt"
     script.write_text(IN_FLOAT64)
-    for result in together(processes, script, images, output, accumulate):
+    for result in together(processes, script, images, output, resumed):
         assert result.returncode == 0, result.stderr
     state: dict[str, torch.Tensor] = torch.load(f"{output}.state", weights_only=True)["model"]
+    again = torch.load(f"{resumed}.state", weights_only=True)["model"]
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
     return state
 
 
 def test_two_processes_with_half_the_batch_train_what_one_does_with_the_whole(images: Path, tmp_path: Path) -> None:
-    one, two = (train_in_float64(images, tmp_path, processes, accumulate=2) for processes in (1, 2))
+    one, two = (train_in_float64(images, tmp_path, processes) for processes in (1, 2))
     assert list(one) == list(two)
     for name, tensor in one.items():
         assert torch.allclose(two[name], tensor, rtol=1e-9, atol=1e-11), name

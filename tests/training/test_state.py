@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from pictures import CONFIG, python
+from pictures import ALONE, CONFIG, python
 
 from foldgroup.checkpoint import write_whole
 from foldgroup.errors import TrainingError
 from foldgroup.training.loop import train
+from foldgroup.training.state import Place, read_state, restore, save_state
+from foldgroup.training.step import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,6 +107,17 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     assert_identical(*(torch.load(f"{path}.state", weights_only=True) for path in (output, alone.output)))
     assert events(tmp_path / "log") == events(alone.output.parent / "log")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "net.pt", "net.pt.state"]
+
+
+def test_the_scale_of_float16_is_restored(tmp_path: Path) -> None:
+    config = replace(CONFIG, precision="fp16")
+    made, other = (Trainer(config, 3, ALONE) for _ in range(2))
+    made.scaler.load_state_dict(made.scaler.state_dict() | {"scale": 64.0, "_growth_tracker": 7})
+    save_state(tmp_path / "state", config, made, Place(1, 2, [0.5, 3.0, 8.0]))
+    place = restore(tmp_path / "state", read_state(tmp_path / "state", config), other)
+    assert place == Place(1, 2, [0.5, 3.0, 8.0])
+    assert other.scaler.state_dict() == made.scaler.state_dict()
+    assert other.scaler.state_dict()["scale"] == 64.0
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
