@@ -9,30 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from pictures import ALONE, COLOURS, CONFIG
 from torchvision.models import get_model
 
 from foldgroup.errors import ModelError, TrainingError
 from foldgroup.nn import budget
 from foldgroup.nn.complexity import groupable_layers
-from foldgroup.training.config import TrainConfig
 from foldgroup.training.data import epoch_order, load, training_batches
-from foldgroup.training.distributed import World
 from foldgroup.training.loop import accuracy, train
 from foldgroup.training.step import optimizer
-
-COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 50), "red": (220, 40, 30)}
-CONFIG = TrainConfig(
-    arch="g_resnext17_cifar",
-    complexity=16,
-    epochs=2,
-    batch_size=8,
-    learning_rate=0.05,
-    input_size=16,
-    holdout=0.125,
-    workers=0,
-)
-ALONE = World(torch.device("cpu"))
 
 
 class Interruption(Exception):
@@ -40,19 +25,6 @@ class Interruption(Exception):
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # so that the sums of two runs are in one order, too
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """3 classes × 16 noisy images of 16 × 16."""
-    folder = tmp_path_factory.mktemp("images")
-    noise = np.random.default_rng(0)
-    for name, colour in COLOURS.items():
-        (folder / name).mkdir()
-        for i in range(16):
-            pixels = np.clip(np.array(colour) + noise.normal(0, 25, (16, 16, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i:02}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")
