@@ -99,9 +99,8 @@ def _other(subject: str) -> str:
     network, _, form = subject.partition(" ")
     if "@" in network:
         return f"its {form} form"
-    return f"{'tuned ' if form == 'tuned' else ''}{re.sub('50.*|101.*', '', label(network)).rstrip('-')}" * (
-        form != "packed"
-    )
+    family = label(network).partition("-")[0]
+    return family if form == "plain" else f"{form} {family}"
 
 
 def _ratio(entry: dict[str, float] | None) -> str:

@@ -91,7 +91,7 @@ def baseline(name: str, bundle: Bundle, variant: Variant) -> Candidate:
     Raises:
         ModelError: if it cannot be built for this input; the message says why.
     """
-    baseline_builder(name)
+    check_baselines([name])
     shape = (1, *bundle.input_shape)
     if shape[1] != 3:
         raise ModelError(f"baseline {name} takes images of 3 channels, this network {shape[1]}: compare it with none")
