@@ -22,9 +22,7 @@ COMMANDS = [
 
 def test_the_test_command_is_the_one_that_ci_runs() -> None:
     assert "uv run pytest" in COMMANDS
-    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    apart, rest = (line.partition("  #")[0] for line in lines if line.startswith("uv run pytest"))
-    assert apart.removeprefix("uv run pytest ") == rest.removeprefix("uv run pytest --ignore=")
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1] == "uv run pytest"
 
 
 def test_the_figures_are_those_of_the_committed_results() -> None:

@@ -49,7 +49,11 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a process of its own."""
+    """Run ``code`` in a process of its own.
+
+    Whatever has processes load images must: PyTorch handles their end with a signal, and Python handles signals on the
+    alternate stack, which runtimes loaded by other tests replace on processors with AMX by one that is too small.
+    """
     line = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
 

@@ -160,6 +160,16 @@ def test_a_state_of_another_version_is_refused(images: Path, alone: Any, tmp_pat
         train(images, tmp_path / "net.pt", CONFIG, resume=True)
 
 
+RESUMES = """
+import json, sys
+from pathlib import Path
+from foldgroup.training.config import TrainConfig
+from foldgroup.training.loop import train
+folder, output, config = sys.argv[1:]
+train(Path(folder), Path(output), TrainConfig(**json.loads(config)), resume=True)
+"""
+
+
 def test_settings_that_no_update_depends_on_may_change(images: Path, tmp_path: Path) -> None:
     class Stop(Exception):
         pass
@@ -171,4 +181,5 @@ def test_settings_that_no_update_depends_on_may_change(images: Path, tmp_path: P
     with pytest.raises(Stop):
         train(images, tmp_path / "net.pt", CONFIG, on_step=stop)
     other = replace(CONFIG, workers=1, save_every=1, log_every=7, check_images="none")
-    train(images, tmp_path / "net.pt", other, resume=True)
+    ran = python(RESUMES, images, tmp_path / "net.pt", json.dumps(vars(other)))
+    assert ran.returncode == 0, ran.stderr
