@@ -316,7 +316,15 @@ def tune(show: bool, export: Path | None, merge: tuple[Path, ...], database: Pat
 @click.option("-o", "--output", type=ExistingPath, required=True, help="Checkpoint to write.")
 @training_options
 @_errors_are_messages
-def train(folder: Path, output: Path, recipe: str | None, **settings: Any) -> None:
+def train(
+    folder: Path,
+    output: Path,
+    recipe: str | None,
+    groups: int | None,
+    groups_from: Path | None,
+    connections_from: Path | None,
+    **settings: Any,
+) -> None:
     """Train a groupable network on FOLDER, which has one sub-folder of images per class, or CIFAR-10's batches.
 
     \b
@@ -326,7 +334,14 @@ def train(folder: Path, output: Path, recipe: str | None, **settings: Any) -> No
     from foldgroup.training.config import configured
 
     where = {name: settings.pop(name) for name in ("validation", "resume", "log", "tensorboard")}
-    config = configured(recipe, **settings)
+    given = groups, groups_from, connections_from
+    if sum(value is not None for value in given) > 1:
+        raise click.UsageError("--groups, --groups-from and --connections-from all say which groups: give one of them")
+    config = configured(recipe, **settings, learned=not any(given))
+    if any(given):
+        from foldgroup.training.fixed import with_given_groups
+
+        config = with_given_groups(config, *given)
     from foldgroup.report.training import TrainingDisplay
     from foldgroup.training.distributed import is_leader
     from foldgroup.training.loop import train as run

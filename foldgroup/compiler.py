@@ -67,6 +67,7 @@ def compile(
     calibrate: str | Path | None = None,
     calibration: Calibration = "minmax",
     calibration_images: int = CALIBRATION_IMAGES,
+    reduce_range: bool | None = None,
     gpu: Sequence[str] = (),
     engine: bool = True,
     engine_settings: EngineSettings = EngineSettings(),  # noqa: B008  # frozen
@@ -95,7 +96,8 @@ def compile(
     ``target`` are names of :data:`foldgroup.targets.TARGETS`, or TARGET:PRECISION; by default ONNX Runtime, and
     TensorRT-RTX where it is installed; ``engine`` False leaves out what takes one. ``precision`` is one or several of
     fp32 (the default), fp16, bf16 and int8, in which every target runs that takes them; the first is that of
-    ``model.onnx``. int8 is calibrated on at most ``calibration_images`` images found below the folder ``calibrate``.
+    ``model.onnx``. int8 is calibrated on at most ``calibration_images`` images found below the folder ``calibrate``;
+    ``reduce_range`` gives its weights seven bits, by default where this CPU needs it.
     ``keep_float`` are layers that stay in float32: names, wildcards, or ``auto`` to measure which.
 
     ``batch`` is None for a dynamic one, a number for a fixed one, or the least, typical and greatest that engines are
@@ -145,7 +147,8 @@ def compile(
     data = None
     if calibrate is not None:
         assert preprocessing is not None
-        data = CalibrationData(unlabelled(Path(calibrate), preprocessing, limit=calibration_images), calibration)
+        images = unlabelled(Path(calibrate), preprocessing, limit=calibration_images)
+        data = CalibrationData(images, calibration, reduce_range)
         clock("read calibration images")
     shape, first = (fixed or 1, *own_shape[1:]), precisions[0]
     refold = partial(fold, checkpoint, pipeline=pipeline, input_shape=own_shape[1:], check_passes=check_passes)

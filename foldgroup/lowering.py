@@ -45,10 +45,14 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Real images [N, C, H, W], as the network takes them, and how ranges are read off them."""
+    """Real images [N, C, H, W], as the network takes them, and how ranges are read off them.
+
+    ``reduce_range`` as for :class:`foldgroup.emit.quantize.Quantizer`.
+    """
 
     images: npt.NDArray[np.float32]
     method: Calibration = "minmax"
+    reduce_range: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -169,13 +173,20 @@ def lower(
         assert calibration is not None
         graph = typed(form.graph, torch.float32)
         exact = _exported(form, graph, torch.float32, (), shape, fixed, exports)
-        quantizer = Quantizer(exact, calibration.images, method=calibration.method, batch=batch)
+        quantizer = Quantizer(
+            exact,
+            calibration.images,
+            method=calibration.method,
+            batch=batch,
+            reduce_range=calibration.reduce_range,
+        )
         on_step("calibration")
         facts["calibration"] = {
             "images": len(calibration.images),
             "sha256": hashlib.sha256(calibration.images.tobytes()).hexdigest(),
             "method": calibration.method,
             "quantizer": quantizer.version,
+            "weight_bits": 7 if quantizer.reduce_range else 8,
         }
         if AUTO in keep_float:
             layers = [name for name in quantizer.layers if name not in kept]

@@ -156,6 +156,12 @@ precision_options = _group(
         help="At most so many are used.",
     ),
     click.option(
+        "--reduce-range/--no-reduce-range",
+        default=None,
+        help="Give int8 weights seven bits, for CPUs without VNNI, which cut off sums of eight.  "
+        "[default: as this CPU needs]",
+    ),
+    click.option(
         "--keep-float",
         multiple=True,
         callback=names,
@@ -258,6 +264,15 @@ training_options = _group(
         "--complexity",
         type=click.FloatRange(1),
         help="b: the budget is as many ones as b uniform groups leave; needed without a recipe.",
+    ),
+    click.option("--groups", type=click.IntRange(1), help="Learn no groups: so many in every layer, as ResNeXt has."),
+    click.option(
+        "--groups-from",
+        type=ExistingPath,
+        help="Learn no groups: as many in each layer as this checkpoint learned, of neighbours (the paper's ResNeXt*).",
+    ),
+    click.option(
+        "--connections-from", type=ExistingPath, help="Learn no groups: the very ones that this checkpoint learned."
     ),
     _setting("--epochs", type=click.IntRange(1)),
     _setting("--batch-size", "Images in one update, over all processes.", type=click.IntRange(1)),

@@ -181,12 +181,13 @@ class Tuned:
 
 def _layer(name: str, calls: Sequence[ConvShape], form: Form, tuner: Tuner | None, table: CostTable) -> dict[str, Any]:
     shape = calls[0]
-    measured = tuner.measured.get(shape.run_as(1), {}) if tuner is not None else {}
+    every = tuner.measured.get(shape.run_as(1), {}) if tuner is not None else {}
+    measured = {e: t for e, t in every.items() if shape.groups % e.groups == 0}
     runs = form.executions.get(name)
     candidates = [
         {"runs": e.groups, "parts": e.parts, "ns": ns}
         | ({"ns": t.ns, "low": t.low, "high": t.high} if (t := measured.get(e)) is not None else {})
-        for e, ns in sorted(table.executions(shape).items(), reverse=True)
+        for e, ns in sorted({**dict.fromkeys(measured, 0), **table.executions(shape)}.items(), reverse=True)
     ]
     return {
         "name": name,

@@ -6,6 +6,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,9 @@ def test_several_outputs_are_listed_verified_and_run(pyramid_bundle: Path) -> No
     inputs = np.random.default_rng(0).standard_normal((3, *IMAGE[1:])).astype(np.float32)
     with torch.no_grad():
         theirs = pyramid()(torch.from_numpy(inputs))
-    for variant in bundle.variants:
+    ran = [variant for variant in bundle.variants if str(variant) not in bundle.verification["not_run"]]
+    assert ran
+    for variant in ran:
         with make_runner(variant, bundle.content(variant)) as runner:
             outputs = all_outputs(runner, inputs)
         expected = (theirs["0"], theirs["logits"], theirs["more"][0])
@@ -214,7 +217,8 @@ def test_bisect_and_inspect_take_modules(pyramid_bundle: Path) -> None:
     assert bisect(pyramid(), example_input=IMAGE) is None
     of_module, of_bundle = inspect(pyramid(), example_input=IMAGE), inspect(pyramid_bundle)
     assert of_module.kind == "module" and of_module.classes is None
-    assert of_module.layers == of_bundle.layers and of_module.outputs == of_bundle.outputs
+    nominal = [replace(layer, executed_groups=layer.groups, executed_macs=layer.macs) for layer in of_bundle.layers]
+    assert list(of_module.layers) == nominal and of_module.outputs == of_bundle.outputs  # packing is for a processor
     assert inspect(signal(), example_input=SIGNAL).as_dict()["learned_layers"]["macs_over_dense"] is None
 
 

@@ -16,8 +16,8 @@ class TrainConfig:
     """Everything that decides a run; recorded in the checkpoint."""
 
     arch: str
-    complexity: float
-    """b: the budget is o = Σ C_in·C_out / b ones."""
+    complexity: float | None = None
+    """b: the budget is o = Σ C_in·C_out / b ones. None where ``fixed_gates`` leave nothing to learn."""
     epochs: int = 90
     batch_size: int = 128
     """Images in one update, over all processes and micro-batches."""
@@ -29,6 +29,10 @@ class TrainConfig:
     gate_weight_decay: float = 0.0
     freeze_gates: float = 1.0
     """Share of the epochs after which gates stop moving as soon as ζ ≤ o; 1 never stops them, as in the paper."""
+    fixed_gates: dict[str, list[int]] | None = None
+    """The gate bits of every layer, most significant digit first, where groups are given and do not learn."""
+    fixed_from: str | None = None
+    """Where ``fixed_gates`` came from, in words."""
     precision: Precision = "fp32"
     """What convolutions compute in. Weights, gates, masks, the loss and all updates are float32 in any case."""
     compile: bool = False
@@ -101,16 +105,21 @@ RECIPES = {
 }
 
 
-def configured(recipe: str | None = None, **given: Any) -> TrainConfig:
+def configured(recipe: str | None = None, *, learned: bool = True, **given: Any) -> TrainConfig:
     """The settings ``given``, those of ``recipe`` where they are absent or None, and the defaults for the rest.
+
+    Without ``learned`` there is no budget: groups are given afterwards (:mod:`foldgroup.training.fixed`).
 
     Raises:
         TrainingError: if there is no such recipe, nothing says arch or complexity, or a value is none of its choices.
     """
     if recipe is not None and recipe not in RECIPES:
         raise TrainingError(f"unknown recipe {recipe!r}: use {' or '.join(RECIPES)}")
+    if not learned and given.get("complexity") is not None:
+        raise TrainingError("--complexity is a budget for groups that learn, and these are given: leave it out")
     settings = dict(RECIPES[recipe].settings) if recipe else {}
     settings |= {name: value for name, value in given.items() if value is not None}
+    settings |= {} if learned else {"complexity": None}
     for name in ("arch", "complexity"):
         if name not in settings:
             raise TrainingError(f"--{name} is missing: give it, or a --recipe that sets it ({', '.join(RECIPES)})")

@@ -127,16 +127,25 @@ class Plain(Dataset[Any]):
     def __init__(self, images: Images, indices: Indices, preprocessing: Preprocessing) -> None:
         self.images, self.indices = images, indices
         self.transform = preprocessing.transform()
+        small = preprocessing.size <= Small.PIXELS and 12 * len(self) * preprocessing.size**2 <= Small.BYTES
+        self.kept: dict[int, Tensor] | None = {} if small else None
+        """What was read before, where there is room for all of it."""
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, place: int) -> tuple[Tensor, int] | Broken:
         index = int(self.indices[place])
+        label = int(self.images.labels[index])
+        if self.kept is not None and place in self.kept:
+            return self.kept[place], label
         try:
-            return self.transform(self.images.read(index)), int(self.images.labels[index])
+            image: Tensor = self.transform(self.images.read(index))
         except ImageError as error:
             return Broken(str(error))
+        if self.kept is not None:
+            self.kept[place] = image
+        return image, label
 
 
 class Augmented(Dataset[Any]):
@@ -147,10 +156,8 @@ class Augmented(Dataset[Any]):
 
     def __init__(self, images: Images, indices: Indices, size: int, seed: int) -> None:
         self.images, self.indices, self.seed = images, indices, seed
-        small = size <= 64
-        crop: v2.Transform = v2.RandomCrop(size, size // 8) if small else v2.RandomResizedCrop(size, antialias=True)
-        resize = [v2.Resize((size, size), antialias=True)] if small else []
-        self.transform = v2.Compose([*resize, crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
+        crop = v2.RandomResizedCrop(size, antialias=True)
+        self.transform = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -165,6 +172,72 @@ class Augmented(Dataset[Any]):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed(self.seed, epoch, index))
             return self.transform(image), int(self.images.labels[index])
+
+
+class Small(Augmented):
+    """The same for images of at most 64 pixels, which are padded by an eighth of their size and cropped back.
+
+    If all together take no more than a gibibyte they are decoded once, padded and kept: to decode them anew one at a
+    time takes longer than a small network does to learn from them (``bench.loading``).
+    """
+
+    PIXELS, BYTES = 64, 2**30
+
+    def __init__(self, images: Images, indices: Indices, size: int, seed: int) -> None:
+        self.images, self.indices, self.seed = images, indices, seed
+        self.size, self.pad = size, size // 8
+        self.resize = v2.Resize((size, size), antialias=True)
+        self.kept: npt.NDArray[np.uint8] | None = None
+
+    def keep(self, threads: int) -> bool:
+        """Decode all images with so many threads, unless they were or are too many; whether they are kept now.
+
+        Raises:
+            TrainingError: naming the file that cannot be read.
+        """
+        wide = self.size + 2 * self.pad
+        if self.kept is not None or len(self) * 3 * wide**2 > self.BYTES:
+            return self.kept is not None
+        kept = np.empty((len(self), 3, wide, wide), np.uint8)
+
+        def read(place: int) -> None:
+            kept[place] = self.padded(place)
+
+        with ThreadPoolExecutor(max(1, threads)) as pool:
+            try:
+                for _ in pool.map(read, range(len(self))):
+                    pass
+            except ImageError as error:
+                pool.shutdown(cancel_futures=True)
+                raise TrainingError(str(error)) from error
+        self.kept = kept
+        return True
+
+    def padded(self, place: int) -> npt.NDArray[np.uint8]:
+        """One image with zeros around it, uint8 [3, S + 2P, S + 2P].
+
+        Raises:
+            ImageError: naming the file, if it cannot be read.
+        """
+        if self.kept is not None:
+            image: npt.NDArray[np.uint8] = self.kept[place]
+            return image
+        pixels = np.asarray(self.resize(self.images.read(int(self.indices[place]))))
+        wide = self.size + 2 * self.pad
+        image = np.zeros((3, wide, wide), np.uint8)
+        image[:, self.pad : wide - self.pad, self.pad : wide - self.pad] = pixels.transpose(2, 0, 1)
+        return image
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | Broken:
+        epoch, place = key
+        index = int(self.indices[place])
+        drawn, shifts = mixed(self.seed, epoch, index), 2 * self.pad + 1
+        flip, top, left = drawn % 2, drawn // 2 % shifts, drawn // 2**32 % shifts
+        try:
+            image = self.padded(place)[:, top : top + self.size, left : left + self.size]
+        except ImageError as error:
+            return Broken(str(error))
+        return torch.from_numpy((image[:, :, ::-1] if flip else image).copy()), int(self.images.labels[index])
 
 
 class Normalize:
@@ -219,7 +292,8 @@ def load(folder: Path, validation: Path | None, config: TrainConfig, world: Worl
         holdout = _validation(folder, images, validation, config, world)
     if len(order) < config.batch_size:
         raise TrainingError(f"{folder}: {len(order)} training images are less than one batch of {config.batch_size}")
-    return Split(Augmented(images, order, config.input_size, config.seed), holdout, images.classes)
+    kind = Small if config.input_size <= Small.PIXELS else Augmented
+    return Split(kind(images, order, config.input_size, config.seed), holdout, images.classes)
 
 
 def _validation(folder: Path, images: Images, validation: Path, config: TrainConfig, world: World) -> Plain:
@@ -289,22 +363,25 @@ def training_batches(
 ) -> DataLoader[Any]:
     """The micro-batches that are this process's, from a step on: uint8 [n, 3, S, S] and labels [n].
 
-    One loader serves the whole run, so that loading never pauses between epochs.
+    One loader serves the whole run, so that loading never pauses between epochs. What is kept in memory takes no
+    processes to load.
     """
     shares = Shares(len(data), config, world, epoch, step)
-    return _loader(data, config, world, batch_sampler=shares, prefetch_factor=4 if config.workers else None)
+    workers = 0 if isinstance(data, Small) and data.keep(config.workers) else config.workers
+    return _loader(data, workers, world, batch_sampler=shares, prefetch_factor=4 if workers else None)
 
 
 def holdout_batches(data: Plain, config: TrainConfig, world: World) -> DataLoader[Any]:
     """The share of the held-out images that is this process's: float32 [n, 3, S, S] and labels [n]."""
     share = range(world.rank, len(data), world.size)
-    return _loader(data, config, world, sampler=share, batch_size=min(256, config.batch_size))
+    workers = 0 if data.kept is not None else config.workers
+    return _loader(data, workers, world, sampler=share, batch_size=min(256, config.batch_size))
 
 
-def _loader(data: Dataset[Any], config: TrainConfig, world: World, **how: Any) -> DataLoader[Any]:
+def _loader(data: Dataset[Any], workers: int, world: World, **how: Any) -> DataLoader[Any]:
     return DataLoader(
         data,
-        num_workers=config.workers,
+        num_workers=workers,
         generator=torch.Generator(),  # so that torch's own is left alone
         pin_memory=world.device.type == "cuda",
         collate_fn=_collate,

@@ -1,8 +1,8 @@
 """A run in files: JSON lines, and TensorBoard if it is installed. Written by one process, the leader.
 
 A line of JSON is a document with ``event`` "start", "step", "epoch" or "end". Steps carry every layer's gates, group
-count, ζ_ℓ and ζ_ℓ/o_ℓ, where o_ℓ = C_in·C_out / b. A resumed run takes back what was logged after the state it goes on
-from, so each step stands there once.
+count, ζ_ℓ and ζ_ℓ/o_ℓ, where o_ℓ = C_in·C_out / b, or ζ_ℓ where groups are given. A resumed run takes back what was
+logged after the state it goes on from, so each step stands there once.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def layer_states(trainer: Trainer) -> dict[str, dict[str, Any]]:
     states = {}
     for name, layer in trainer.layers.items():
         zeta = layer_complexity(layer).item()
-        own = layer.in_channels * layer.out_channels / trainer.config.complexity
+        b = trainer.config.complexity
+        own = zeta if b is None else layer.in_channels * layer.out_channels / b
         gates = layer.gate.detach().tolist()
         states[name] = {
             "gates": gates,

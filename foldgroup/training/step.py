@@ -24,6 +24,7 @@ from foldgroup.nn.complexity import budget, complexity, complexity_penalty, grou
 from foldgroup.training.config import TrainConfig
 from foldgroup.training.data import Normalize, mixed
 from foldgroup.training.distributed import World
+from foldgroup.training.fixed import fix_gates
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -46,9 +47,11 @@ class Trainer:
                 f"unknown architecture {config.arch!r}: use g_resnext50 or another of foldgroup.nn"
             ) from error
         self.layers = groupable_layers(model)
+        if config.fixed_gates is not None:
+            fix_gates(self.layers, config.fixed_gates)
         model = world.with_synced_batchnorm(model)
         self.model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # a missing overload
-        self.o = budget(model, config.complexity)
+        self.o = complexity(model).item() if config.complexity is None else budget(model, config.complexity)
         self.optimizer = optimizer(model, config)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
         self.normalize = Normalize(Preprocessing.standard(config.input_size), world.device)

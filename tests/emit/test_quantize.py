@@ -14,7 +14,7 @@ from tiny import SIZE, tiny_network
 from foldgroup.emit import tensorrt
 from foldgroup.emit.onnx import export_onnx, stored_weights_match
 from foldgroup.emit.precision import typed
-from foldgroup.emit.quantize import Quantizer
+from foldgroup.emit.quantize import Quantizer, saturates
 from foldgroup.emit.sensitivity import choose, most_sensitive
 from foldgroup.errors import EmitError, EquivalenceError
 from foldgroup.run import OnnxRuntimeRunner
@@ -60,6 +60,21 @@ def test_everything_is_symmetric_weights_are_per_channel_and_biases_float(quanti
         assert constants[weight.input[0]].dtype == np.int8
         assert constants[weight.input[1]].shape == (len(constants[weight.input[0]]),)
         assert constants[bias].dtype == np.float32
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_weights_take_seven_bits_where_asked(reduced: bool, quantizer):
+    chosen = Quantizer(quantizer.model, IMAGES[:2], reduce_range=reduced)
+    proto = onnx.load_from_string(chosen.quantize())
+    largest = [np.abs(w.astype(int)).max() for t in proto.graph.initializer if (w := numpy_helper.to_array(t)).ndim > 1]
+    assert len(largest) == 13 and set(largest) == {64 if reduced else 127}
+
+
+def test_what_saturates_is_x86_before_vnni():
+    assert saturates(["avx2", "fma"]) and saturates(["avx2", "avx512f"])
+    for extension in ("avx_vnni", "avx512_vnni", "amx_int8"):
+        assert not saturates(["avx2", extension])
+    assert not saturates(["asimd", "asimddp"]) and not saturates([]) and not saturates(None)
 
 
 def test_convolutions_are_not_rounded_before_the_activation_that_follows(quantizer):
