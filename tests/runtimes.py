@@ -59,5 +59,13 @@ def package() -> Engine:
     return build_package(trace(Tiny(), (1, 3, 8, 8)), (1, 3, 8, 8), batch=(1, 8, 32))
 
 
+@functools.cache
+def openvino_offers() -> frozenset[str]:
+    """What OpenVINO says it can compute in on this processor, in its own words, such as BF16."""
+    import openvino
+
+    return frozenset(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
 def images(*shape: int) -> npt.NDArray[np.float32]:
     return np.random.default_rng(0).standard_normal(shape or (2, 3, 8, 8)).astype(np.float32)

@@ -16,6 +16,7 @@ import torchvision
 from graphs import conv, learned
 from made_up import FAST, SLOW, assert_runs_as, fastest, favour, keep, layers_of, setting_of, won_by
 from PIL import Image
+from runtimes import openvino_offers
 from torch import Tensor, nn
 
 from foldgroup.bundle import Bundle
@@ -205,18 +206,24 @@ def test_a_second_compile_measures_nothing_and_gives_the_same_bytes(
     assert tuning["remembered"] == len({layer["shape"].rpartition(",")[0] for layer in tuning["layers"]})
 
 
+OPENVINO = "bf16" if "BF16" in openvino_offers() else "fp32"
+"""The narrowest float of the precisions that OpenVINO computes in here."""
+
+
 def test_signals_volumes_and_other_precisions_are_measured_too(tmp_path: Path, tuned_wins: None) -> None:
     signal = nn.Sequential(nn.Conv1d(2, 4, 3, groups=2), nn.ReLU(), nn.Conv1d(4, 4, 1))
     bundle = tuned(signal, tmp_path / "s", tmp_path / "db", (1, 2, 9), precision="fp16")
     assert bundle.verification["tuning"]["onnxruntime fp16"]["layers"][0]["name"] == "0"
     assert verify(bundle.path, signal)
     volume = nn.Sequential(nn.Conv3d(2, 4, 3, groups=2), nn.ReLU(), nn.Conv3d(4, 4, 1))
-    bundle = tuned(volume, tmp_path / "v", tmp_path / "db", (1, 2, 3, 4, 5), target=["openvino:bf16"], batch=(1, 2, 4))
-    tuning = bundle.verification["tuning"]["openvino bf16"]
+    bundle = tuned(
+        volume, tmp_path / "v", tmp_path / "db", (1, 2, 3, 4, 5), target=[f"openvino:{OPENVINO}"], batch=(1, 2, 4)
+    )
+    tuning = bundle.verification["tuning"][f"openvino {OPENVINO}"]
     assert tuning["batch"] == 2 and tuning["layers"][0]["groups"] == 2
     assert verify(bundle.path, volume)
     known = {(s.target, s.precision, s.batch) for s, _ in Database(tmp_path / "db").everything()}
-    assert known == {("onnxruntime", "fp16", 1), ("openvino", "bf16", 2)}
+    assert known == {("onnxruntime", "fp16", 1), ("openvino", OPENVINO, 2)}
 
 
 def test_a_network_without_groups_has_nothing_to_tune(tmp_path: Path, measuring_fails: None) -> None:
@@ -372,7 +379,7 @@ def test_every_precision_runs_as_what_is_fastest_in_it(
 ) -> None:
     network, database = Plain(), tmp_path / "db"
     calls = layers_of(network, IMAGE).values()
-    wanted = {"onnxruntime fp16": Execution(4), "onnxruntime int8": Execution(2), "openvino bf16": Execution(1)}
+    wanted = {"onnxruntime fp16": Execution(4), "onnxruntime int8": Execution(2), f"openvino {OPENVINO}": Execution(1)}
     for variant, form in wanted.items():
         target, precision = variant.split()
         setting = replace({"onnxruntime": onnxruntime, "openvino": openvino}[target], precision=precision)
@@ -387,7 +394,7 @@ def test_every_precision_runs_as_what_is_fastest_in_it(
     assert set(bundle.verification["tuning"]) == set(wanted)
     verification = verify(bundle.path, network)
     assert verification, verification.checks
-    assert {f"ONNX weights {p}" for p in ("bf16", "int8")} < {check.name for check in verification.checks}
+    assert {f"ONNX weights {p}" for p in (OPENVINO, "int8")} < {check.name for check in verification.checks}
     assert_runs_as(bundle, network, IMAGE)
 
 
