@@ -76,7 +76,15 @@ def main() -> None:
 @json_option
 @_errors_are_messages
 def inspect(path: Path, as_json: bool, **reading: Any) -> None:
-    """Show the groups that a CHECKPOINT or BUNDLE has learned, layer by layer."""
+    """Show the groups that a CHECKPOINT or BUNDLE has learned, or that a run has by its --json-log, layer by layer."""
+    from foldgroup.training.log_reader import is_log, read_log
+
+    if is_log(path):
+        from foldgroup.report.training_log import training_log_table
+
+        log = read_log(path, **reading)
+        _show(log.as_dict() if as_json else training_log_table(log))
+        return
     from foldgroup.inspection import inspect as run
     from foldgroup.report.tables import inspection_table
 
