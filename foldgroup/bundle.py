@@ -253,26 +253,26 @@ def read_bundle(path: Path) -> Bundle:
     return Bundle(path, manifest)
 
 
-def check_target(path: Path, *, force: bool) -> None:
-    """Refuse, before any work, a place where a bundle could not or must not be written.
+def check_target(path: Path, *, force: bool, option: str = "-o") -> None:
+    """Refuse, before any work, a place where a bundle could not or must not be written; ``option`` is what names it.
 
     Raises:
         BundleError: if something is there that is no bundle, a bundle without ``force``, or no folder to write in.
     """
     if not path.parent.is_dir():
-        raise BundleError(f"{path.parent}: there is no such folder; create it or choose another with -o")
+        raise BundleError(f"{path.parent}: there is no such folder; create it or choose another with {option}")
     if not os.access(path.parent, os.W_OK):
-        raise BundleError(f"{path.parent}: not writable; choose another place with -o")
+        raise BundleError(f"{path.parent}: not writable; choose another place with {option}")
     if not path.exists() and not path.is_symlink():
         return
     try:
         read_bundle(path)
     except BundleError as error:
         raise BundleError(
-            f"{path}: exists and is no bundle, so it is left alone; choose another place with -o"
+            f"{path}: exists and is no bundle, so it is left alone; choose another place with {option}"
         ) from error
     if not force:
-        raise BundleError(f"{path}: exists; pass --force to replace this bundle, or choose another place with -o")
+        raise BundleError(f"{path}: exists; pass --force to replace this bundle, or choose another place with {option}")
 
 
 def write_bundle(path: Path, files: Mapping[str, bytes], *, force: bool = False) -> Bundle:

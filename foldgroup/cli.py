@@ -12,9 +12,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
@@ -32,6 +32,10 @@ from foldgroup.options import (
     training_options,
     tuning_options,
 )
+
+if TYPE_CHECKING:
+    from foldgroup.training.deployment import Deployment
+    from foldgroup.verifier import Verification
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -172,9 +176,7 @@ def verify(
         checkpoint = paths[0] if len(paths) == 2 else None
         verification = run(paths[-1], checkpoint, model=model, target=target, data=data, on_step=step)
     _show(verification.as_dict() if as_json else verification_table(verification))
-    if not verification:
-        failed = [check.name for check in verification.checks if check.passed is False]
-        raise EquivalenceError(f"{paths[-1]}: failed: {', '.join(failed)}")
+    _require(verification, paths[-1])
 
 
 @main.command()
@@ -331,6 +333,8 @@ def train(
     groups: int | None,
     groups_from: Path | None,
     connections_from: Path | None,
+    bundle: Path | None,
+    force: bool,
     **settings: Any,
 ) -> None:
     """Train a groupable network on FOLDER, which has one sub-folder of images per class, or CIFAR-10's batches.
@@ -350,24 +354,42 @@ def train(
         from foldgroup.training.fixed import with_given_groups
 
         config = with_given_groups(config, *given)
-    from foldgroup.report.training import TrainingDisplay
+    from foldgroup.report.training import TrainingDisplay, outcome
+    from foldgroup.training.deployment import Deployment
     from foldgroup.training.distributed import is_leader
     from foldgroup.training.loop import train as run
 
+    deployment = Deployment(bundle, force)
+    before = partial(deployment.check, config, output, where["log"])
     try:
         with TrainingDisplay(config.epochs, shown=is_leader()) as display:
-            best = run(folder, output, config, **where, on_step=display.step, on_epoch=display.epoch)
+            best = run(folder, output, config, **where, before=before, on_step=display.step, on_epoch=display.epoch)
+        if is_leader():
+            click.echo(outcome(output, best))
+            if best.zeta_over_budget > 1:
+                click.echo("Warning: ζ > o, the budget is not met; train longer or with a lower --complexity", err=True)
+            if bundle is not None:
+                _deploy(deployment, output, bundle)
     except KeyboardInterrupt:
         click.echo("Interrupted; go on with --resume from what was last written", err=True)
         sys.exit(130)
-    if not is_leader():
-        return
-    click.echo(
-        f"{output}: epoch {best.epoch}, {best.holdout_accuracy:.2f} % on held-out images, "
-        f"ζ/o {best.zeta_over_budget:.3f}, groups {' '.join(map(str, best.groups))}"
-    )
-    if best.zeta_over_budget > 1:
-        click.echo("Warning: ζ > o, the budget is not met; train longer or with a lower --complexity", err=True)
+
+
+def _deploy(deployment: Deployment, checkpoint: Path, bundle: Path) -> None:
+    """Compile what was trained, and say what came of it."""
+    from foldgroup.report.tables import compile_summary
+
+    with _progress("compile") as step:
+        made, verification = deployment.run(checkpoint, step)
+    _show(compile_summary(made))
+    _require(verification, bundle)
+
+
+def _require(verification: Verification, bundle: Path) -> None:
+    """Fail with the names of the checks that did."""
+    if not verification:
+        failed = [check.name for check in verification.checks if check.passed is False]
+        raise EquivalenceError(f"{bundle}: failed: {', '.join(failed)}")
 
 
 @contextmanager

@@ -274,6 +274,12 @@ training_options = _group(
     click.option(
         "--connections-from", type=ExistingPath, help="Learn no groups: the very ones that this checkpoint learned."
     ),
+    click.option(
+        "--bundle",
+        type=ExistingPath,
+        help="When training has ended, compile the checkpoint into this bundle and verify it.",
+    ),
+    click.option("--force", is_flag=True, help="Replace an existing bundle."),
     _setting("--epochs", type=click.IntRange(1)),
     _setting("--batch-size", "Images in one update, over all processes.", type=click.IntRange(1)),
     _setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
@@ -66,3 +67,11 @@ class TrainingDisplay:
         self.waiting.clear()
         if waiting > PATIENCE:
             self.console.print(f"{waiting:.0%} of the time went by waiting for images: raise --workers", soft_wrap=True)
+
+
+def outcome(output: Path, best: EpochResult) -> str:
+    """What a run wrote, in a line."""
+    return (
+        f"{output}: epoch {best.epoch}, {best.holdout_accuracy:.2f} % on held-out images, "
+        f"ζ/o {best.zeta_over_budget:.3f}, groups {' '.join(map(str, best.groups))}"
+    )

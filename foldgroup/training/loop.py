@@ -45,6 +45,7 @@ def train(
     resume: bool = False,
     log: Path | None = None,
     tensorboard: Path | None = None,
+    before: Callable[[], None] = lambda: None,
     on_step: Callable[[Progress], None] = lambda _: None,
     on_epoch: Callable[[EpochResult], None] = lambda _: None,
 ) -> EpochResult:
@@ -53,12 +54,14 @@ def train(
     ``folder`` has one sub-folder of images per class, or CIFAR-10's batches. The best epoch is the one most accurate on
     the held-out images (those in ``validation`` if given) among those with ζ ≤ o, or among all while none meets the
     budget. What is needed to go on stands beside it in ``<output>.state``, never more than ``config.save_every`` steps
-    old. Under ``torchrun`` all processes call this alike; the first one writes and calls back.
+    old. Under ``torchrun`` all processes call this alike; the first one writes and calls back. ``before`` is called
+    once, before anything is read: what it raises ends the run in all.
 
     Raises:
         TrainingError: if the folder, an image, the architecture or the state to resume does not fit.
     """
     with join(config.device) as world:
+        world.agree(before if world.leader else lambda: None)
         run = _prepare(folder, output, config, world, validation, resume, log, tensorboard)
         with closing(run.logs):
             return run.all_epochs(on_step, on_epoch)
