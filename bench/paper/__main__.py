@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from bench.paper import training
+from bench.paper import collecting, plots, tables, timing, training
 from bench.paper.scales import SCALES
 
 scale_option = click.option(
@@ -44,6 +44,25 @@ def _work(work: Path | None, scale: str) -> Path:
 def train(studies: tuple[str, ...], scale_name: str, images: Path, work: Path | None, jobs: int) -> None:
     """Train what STUDIES need (table2 … table6; all by default) and is not there yet."""
     training.train_all(SCALES[scale_name], studies, images, _work(work, scale_name), jobs)
+
+
+@main.command()
+@scale_option
+@work_option
+@click.option("--seconds", default=60.0, show_default=True, help="Time to measure in, for all networks together.")
+def latency(scale_name: str, work: Path | None, seconds: float) -> None:
+    """Compile the networks that are trained and time them; keep the machine otherwise idle."""
+    timing.time_all(SCALES[scale_name], _work(work, scale_name), seconds)
+
+
+@main.command("tables")
+@scale_option
+@work_option
+def tables_and_plots(scale_name: str, work: Path | None) -> None:
+    """Write tables and plots of all that is trained."""
+    collecting.collect(SCALES[scale_name], _work(work, scale_name))
+    tables.main(SCALES[scale_name])
+    plots.main(SCALES[scale_name])
 
 
 @main.command(hidden=True)

@@ -71,14 +71,14 @@ SCALES = {
         name="two-cores",
         stem="imagenet",
         stem_channels=32,
-        blocks=(2, 2, 2),
+        blocks=(1, 2, 2),
         width=32,
         cardinality=8,
         seeds=3,
-        few_seeds=2,
+        few_seeds=1,
         settings={
             **_COMMON,
-            "epochs": 8,
+            "epochs": 4,
             "batch_size": 128,
             "learning_rate": 0.1,
             "weight_decay": 1e-4,
@@ -118,7 +118,7 @@ SCALES = {
         cardinality=2,
         seeds=2,
         few_seeds=1,
-        settings={**_COMMON, "epochs": 1, "batch_size": 8, "classes": None, "workers": 0, "device": "cpu"},
+        settings={**_COMMON, "epochs": 1, "batch_size": 8, "classes": None, "workers": 0, "log_every": 1},
     ),
 }
 """``smallest`` is for the tests."""

@@ -79,14 +79,16 @@ def learned(scale: Scale, paper_b: float) -> Point:
     return Point(f"G-ResNeXt, b = {scale.b(paper_b):g}", b=scale.b(paper_b))
 
 
+def star(source: Point, what: What) -> Point:
+    """A network trained from scratch with the groups that ``source`` learned with the same seed."""
+    words = {"counts": "ResNeXt*, counts", "connections": "connections"}[what]
+    return Point(f"{words} of {source.name}", source=source, what=what)
+
+
 def studies(scale: Scale) -> list[Study]:
     """Every study at a scale, the ones that matter most first."""
     base, g32, g96 = resnext(scale), learned(scale, 32), learned(scale, 96)
     resnet = Point("ResNet", width=0.5, groups=1)
-
-    def star(source: Point, what: What) -> Point:
-        words = {"counts": "ResNeXt*, counts", "connections": "connections"}[what]
-        return Point(f"{words} of {source.name}", source=source, what=what)
 
     table3 = Study(
         "table3",
@@ -124,7 +126,6 @@ def studies(scale: Scale) -> list[Study]:
             Row(star(g32, "connections"), "not in the paper", float("nan")),
             Row(g96, "G-ResNeXt50 b = 96", 78.0),
             Row(star(g96, "counts"), "ResNeXt50* learned by b = 96", 78.0),
-            Row(star(g96, "connections"), "not in the paper", float("nan")),
         ),
         seeds=scale.seeds,
     )
@@ -154,13 +155,15 @@ def studies(scale: Scale) -> list[Study]:
 
 
 def runs(scale: Scale, names: tuple[str, ...] = ()) -> Iterator[tuple[Point, int]]:
-    """Every network and seed of the studies named, or of all, each once: by seed, sources before what needs them."""
+    """Every network and seed of the studies named, or of all, each once.
+
+    The studies with all seeds come first, seed by seed, and sources before what needs them.
+    """
     told: set[tuple[str, int]] = set()
-    for seed in range(max(scale.seeds, scale.few_seeds)):
-        for study in studies(scale):
-            if (names and study.name not in names) or seed >= study.seeds:
-                continue
-            for row in study.rows:
+    wanted = [study for study in studies(scale) if not names or study.name in names]
+    for seeds in sorted({study.seeds for study in wanted}, reverse=True):
+        for seed in range(seeds):
+            for row in (row for study in wanted if study.seeds == seeds for row in study.rows):
                 for point in (row.point.source, row.point):
                     if point is not None and (point.key, seed) not in told:
                         told.add((point.key, seed))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -85,6 +86,7 @@ def train_all(scale: Scale, names: tuple[str, ...], images: Path, work: Path, jo
 
     A network whose groups are another's waits until that one is done.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs are ended too
     work.mkdir(parents=True, exist_ok=True)
     pack_images(images, work)
     waiting = [(point, seed) for point, seed in runs(scale, names) if not result_path(work, point, seed).is_file()]
