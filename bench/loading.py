@@ -2,11 +2,11 @@
 
     python -m bench.loading --images 2000 --workers 0,1,2
 
-Photographs are made up: smooth colours with some grain, 500 × 375, as JPEG files of about the size of ImageNet's, cropped
-and resized to 224 × 224. Small images are 32 × 32, as CIFAR-10's, which are decoded once and kept. Beside each stands
-how many images a second the model trains on here, forwards, backwards and update. ``foldgroup train`` itself tells the
-share of its time that goes by waiting for images, after every epoch that loses a tenth to it, and in every step of its
-log.
+Photographs are made up: smooth colours with some grain, 500 × 375, as JPEG files of about the size of ImageNet's,
+cropped and resized to 224 × 224. Small images are 32 × 32, as CIFAR-10's, which are decoded once and kept. Beside each
+stands how many images a second the model trains on here, forwards, backwards and update. ``foldgroup train`` itself
+tells the share of its time that goes by waiting for images, after every epoch that loses a tenth to it, and in every
+step of its log.
 """
 
 from __future__ import annotations

@@ -44,24 +44,24 @@ def _setting(scale: Scale, document: dict[str, Any]) -> list[str]:
     """What was run, where and how."""
     runs = [entry for of in document["runs"].values() for entry in of.values()]
     hours = sum(entry["seconds"] for entry in runs) / 3600
-    where, settings = document.get("machine", {}), scale.settings
+    where, used = document.get("machine", {}), scale.config("", 0)
     kind = where.get("gpu") or f"{where.get('processor')}, {where.get('usable_cores')} cores"
     blocks = ", ".join(f"{n} × {scale.width << i} → {2 * scale.width << i}" for i, n in enumerate(scale.blocks))
     frozen = (
-        f" Gates stop after {settings['freeze_gates']:.0%} of the epochs, once ζ ≤ o, which the paper does not do: so "
+        f" Gates stop after {used.freeze_gates:.0%} of the epochs, once ζ ≤ o, which the paper does not do: so "
         "short a run would otherwise end with gates that still change sign."
-        if settings.get("freeze_gates", 1.0) < 1
+        if used.freeze_gates < 1
         else ""
     )
     return [
         f"`python -m bench.paper train --scale {scale.name} --images CIFAR10`, then `latency` and `tables`: "
         f"{len(runs)} networks, {hours:.1f} hours of training processes in all, on {kind}, torch {where.get('torch')}. "
         "Seeds count from 0. **Ours are CIFAR-10 photographs as JPEG files and a network of "
-        f"{sum(scale.blocks)} blocks ({blocks}), trained for {settings['epochs']} epochs; the paper's are ImageNet and "
+        f"{sum(scale.blocks)} blocks ({blocks}), trained for {used.epochs} epochs; the paper's are ImageNet and "
         "50 or 101 layers. Compare differences, never the figures themselves.**",
         "",
-        f"Batches of {settings['batch_size']}, SGD with momentum {settings['momentum']}, learning rate "
-        f"{settings['learning_rate']} along a cosine, weight decay {settings['weight_decay']:g}, random crop and flip, "
+        f"Batches of {used.batch_size}, SGD with momentum {used.momentum}, learning rate "
+        f"{used.learning_rate} along a cosine, weight decay {used.weight_decay:g}, random crop and flip, "
         "a = −0.02. A tenth of the training images chooses the epoch that is kept; accuracy is that of the kept epoch "
         f"on the 10,000 test images. ResNeXt has {scale.cardinality} groups, so the paper's b are multiplied by "
         f"{scale.cardinality}/{PAPER_CARDINALITY}.{frozen}",

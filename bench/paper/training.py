@@ -29,9 +29,6 @@ from foldgroup.training.distributed import World
 from foldgroup.training.loop import accuracy, train
 from foldgroup.training.state import state_path
 
-NICE = 5
-"""Added to the niceness of runs, so that whoever works on the machine meanwhile comes first."""
-
 
 def pack_images(images: Path, work: Path) -> Path:
     """The pixels of ``images/train`` as CIFAR-10's binary batches, made once: a second to read instead of twenty.
@@ -117,7 +114,7 @@ def _start(scale: Scale, point: Point, seed: int, images: Path, work: Path) -> s
     line = [sys.executable, "-m", "bench.paper", "one", "--scale", scale.name]
     line += ["--point", point.key, "--seed", seed, "--images", images, "--work", work]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(list(map(str, line)), env=environment, preexec_fn=lambda: os.nice(NICE))
+    return subprocess.Popen(list(map(str, line)), env=environment)
 
 
 def result_path(work: Path, point: Point, seed: int) -> Path:
