@@ -21,14 +21,16 @@ if TYPE_CHECKING:
     from foldgroup.benchmarking import benchmark
     from foldgroup.checkpoint import load_checkpoint as load
     from foldgroup.compiler import compile
+    from foldgroup.finetune import folded_for_training
     from foldgroup.inspection import inspect
     from foldgroup.verifier import verify
 
-__all__ = ["benchmark", "compile", "inspect", "load", "verify"]
+__all__ = ["benchmark", "compile", "folded_for_training", "inspect", "load", "verify"]
 
 _WHERE = {
     "benchmark": ("foldgroup.benchmarking", "benchmark"),
     "compile": ("foldgroup.compiler", "compile"),
+    "folded_for_training": ("foldgroup.finetune", "folded_for_training"),
     "inspect": ("foldgroup.inspection", "inspect"),
     "load": ("foldgroup.checkpoint", "load_checkpoint"),
     "verify": ("foldgroup.verifier", "verify"),

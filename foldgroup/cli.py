@@ -330,9 +330,7 @@ def train(
     folder: Path,
     output: Path,
     recipe: str | None,
-    groups: int | None,
-    groups_from: Path | None,
-    connections_from: Path | None,
+    finetune: Path | None,
     bundle: Path | None,
     force: bool,
     **settings: Any,
@@ -343,17 +341,11 @@ def train(
     On several GPUs or machines:
     torchrun --nproc-per-node 8 -m foldgroup.cli train ...
     """  # noqa: D301  # click wants the character itself
-    from foldgroup.training.config import configured
+    from foldgroup.training.settings import settings_of
 
     where = {name: settings.pop(name) for name in ("validation", "resume", "log", "tensorboard")}
-    given = groups, groups_from, connections_from
-    if sum(value is not None for value in given) > 1:
-        raise click.UsageError("--groups, --groups-from and --connections-from all say which groups: give one of them")
-    config = configured(recipe, **settings, learned=not any(given))
-    if any(given):
-        from foldgroup.training.fixed import with_given_groups
-
-        config = with_given_groups(config, *given)
+    where["finetune"] = finetune
+    config = settings_of(recipe, finetune=finetune, **settings)
     from foldgroup.report.training import TrainingDisplay, outcome
     from foldgroup.training.deployment import Deployment
     from foldgroup.training.distributed import is_leader

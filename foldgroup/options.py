@@ -275,6 +275,11 @@ training_options = _group(
         "--connections-from", type=ExistingPath, help="Learn no groups: the very ones that this checkpoint learned."
     ),
     click.option(
+        "--finetune",
+        type=ExistingPath,
+        help="Go on from this checkpoint, its network and groups as they are, in folded form, which trains faster.",
+    ),
+    click.option(
         "--bundle",
         type=ExistingPath,
         help="When training has ended, compile the checkpoint into this bundle and verify it.",

@@ -15,6 +15,7 @@ import logging
 import operator
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -80,6 +81,31 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
         node.meta = {"origin": node.name}
     attach_shapes(graph, input_shape)
     return graph
+
+
+def check_trains_alike(model: nn.Module) -> None:
+    """Refuse a network that computes by other operations in training mode, but for what torch's own modules do.
+
+    A graph is that of evaluation mode. Batch norm and dropout are modules, which know in which mode they are; an ``if
+    self.training``, or dropout as a function, is not in the graph. ``model`` is left as it is.
+
+    Raises:
+        TraceError: naming the first operation that differs.
+    """
+    told = []
+    try:
+        for mode in (False, True):
+            nodes = _Tracer().trace(copy.deepcopy(model).train(mode)).nodes  # a copy: constants would be kept in it
+            told.append([(node.name, node.op, node.target, str(node.args), str(node.kwargs)) for node in nodes])
+    except Exception as error:
+        raise TraceError(why(type(model).__name__, error)) from error
+    for evaluated, trained in zip_longest(*told):
+        if evaluated != trained:
+            name = (trained or evaluated)[0]
+            raise TraceError(
+                f"{type(model).__name__} computes {name} otherwise in training than in evaluation: its graph cannot be "
+                "trained. Use modules for what differs (nn.Dropout, not functional.dropout), or train it as it is"
+            )
 
 
 def attach_shapes(graph: fx.GraphModule, input_shape: tuple[int, ...]) -> None:

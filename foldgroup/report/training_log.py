@@ -44,8 +44,9 @@ def training_log_table(log: TrainingLog) -> Group:
 
 def _settings(log: TrainingLog) -> list[str]:
     config = log.config
-    given = config.get("fixed_from")
+    given, tuned = config.get("fixed_from"), config.get("finetune")
     groups = f"b = {config.get('complexity')}" if given is None else f"groups given: {given}"
+    groups = groups if tuned is None else f"fine-tunes checkpoint {str(tuned)[:12]}, groups as they are"
     processes = f"{log.processes} processes" if log.processes > 1 else "1 process"
     return [groups, f"{config['epochs']} epochs", f"seed {config['seed']}", processes]
 

@@ -17,7 +17,7 @@ class TrainConfig:
 
     arch: str
     complexity: float | None = None
-    """b: the budget is o = Σ C_in·C_out / b ones. None where ``fixed_gates`` leave nothing to learn."""
+    """b: the budget is o = Σ C_in·C_out / b ones. None where ``fixed_gates`` or ``finetune`` leave nothing to learn."""
     epochs: int = 90
     batch_size: int = 128
     """Images in one update, over all processes and micro-batches."""
@@ -33,6 +33,8 @@ class TrainConfig:
     """The gate bits of every layer, most significant digit first, where groups are given and do not learn."""
     fixed_from: str | None = None
     """Where ``fixed_gates`` came from, in words."""
+    finetune: str | None = None
+    """SHA-256 of the checkpoint that is trained on in its folded form, groups as they are; arch is its own."""
     precision: Precision = "fp32"
     """What convolutions compute in. Weights, gates, masks, the loss and all updates are float32 in any case."""
     compile: bool = False

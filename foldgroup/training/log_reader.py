@@ -94,7 +94,7 @@ class TrainingLog:
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``. What is no finite number is None."""
         epoch, step, steps = self.place
-        settings = ("arch", "complexity", "fixed_from", "epochs", "seed")
+        settings = ("arch", "complexity", "fixed_from", "finetune", "epochs", "seed")
         document = {
             "name": self.name,
             "kind": "training log",

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,6 +33,9 @@ from foldgroup.training.progress import EpochResult, Progress
 from foldgroup.training.state import Place, read_state, restore, save_state, state_path
 from foldgroup.training.step import Trainer
 
+if TYPE_CHECKING:
+    from foldgroup.finetune import FineTunable
+
 REPORT_EVERY = 10
 """Steps after which a GPU, or several processes, are waited for to tell how they stand; one CPU tells every step."""
 
@@ -45,6 +49,7 @@ def train(
     resume: bool = False,
     log: Path | None = None,
     tensorboard: Path | None = None,
+    finetune: Path | None = None,
     before: Callable[[], None] = lambda: None,
     on_step: Callable[[Progress], None] = lambda _: None,
     on_epoch: Callable[[EpochResult], None] = lambda _: None,
@@ -54,15 +59,16 @@ def train(
     ``folder`` has one sub-folder of images per class, or CIFAR-10's batches. The best epoch is the one most accurate on
     the held-out images (those in ``validation`` if given) among those with ζ ≤ o, or among all while none meets the
     budget. What is needed to go on stands beside it in ``<output>.state``, never more than ``config.save_every`` steps
-    old. Under ``torchrun`` all processes call this alike; the first one writes and calls back. ``before`` is called
-    once, before anything is read: what it raises ends the run in all.
+    old. A run with ``config.finetune`` goes on from the checkpoint ``finetune``, and needs it to be resumed, too. Under
+    ``torchrun`` all processes call this alike; the first one writes and calls back. ``before`` is called once, before
+    anything is read: what it raises ends the run in all.
 
     Raises:
         TrainingError: if the folder, an image, the architecture or the state to resume does not fit.
     """
     with join(config.device) as world:
         world.agree(before if world.leader else lambda: None)
-        run = _prepare(folder, output, config, world, validation, resume, log, tensorboard)
+        run = _prepare(folder, output, config, world, validation, resume, log, tensorboard, finetune)
         with closing(run.logs):
             return run.all_epochs(on_step, on_epoch)
 
@@ -76,13 +82,17 @@ def _prepare(
     resume: bool,
     log: Path | None,
     tensorboard: Path | None,
+    finetune: Path | None,
 ) -> _Run:
     """Everything that can fail before the first update, in every process or in none."""
     state = world.agree(lambda: _check_start(output, config, world, resume))
+    tunable = world.agree(lambda: _starting_point(finetune, config))
     split = world.agree(lambda: load(folder, validation, config, world))
     if len(set(world.gather(split.digest() if world.size > 1 else ""))) > 1:
         raise TrainingError(f"{folder}: not all processes see the same images there; copy the folder anew")
-    trainer = world.agree(lambda: Trainer(config, len(split.classes), world))
+    if tunable is not None:
+        world.agree(partial(_check_classes, tunable, split, folder))
+    trainer = world.agree(lambda: Trainer(config, len(split.classes), world, tunable))
     place = Place()
     state = world.share(state)
     if state is not None:
@@ -109,6 +119,23 @@ def _check_start(output: Path, config: TrainConfig, world: World, resume: bool) 
     if not output.parent.is_dir():
         raise TrainingError(f"{output.parent}: no such folder to write the checkpoint to; create it first")
     return read_state(state_path(output), config) if resume else None
+
+
+def _starting_point(finetune: Path | None, config: TrainConfig) -> FineTunable | None:
+    """What a run that fine-tunes goes on from."""
+    if (finetune is None) != (config.finetune is None):
+        raise TrainingError("a checkpoint to fine-tune and settings for that go together: give both, or neither")
+    if finetune is None:
+        return None
+    from foldgroup.training.refine import starting_point  # passes and planner: other runs need none of them
+
+    return starting_point(finetune, config)
+
+
+def _check_classes(tunable: FineTunable, split: Split, folder: Path) -> None:
+    from foldgroup.training.refine import check_classes
+
+    check_classes(tunable, split.classes, folder)
 
 
 @dataclass
@@ -252,7 +279,7 @@ class _Run:
             "kept_epoch": result.epoch,
             "history": [asdict(r) for r in self.place.history],
         }
-        config, model = self.config, self.trainer.model
+        config, model = self.config, self.trainer.training_form
         preprocessing = Preprocessing.standard(config.input_size)
         try:
             save_checkpoint(self.output, model, config.arch, preprocessing, self.split.classes, training=record)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,37 +22,38 @@ from torchvision.models import get_model
 from foldgroup.checkpoint import Preprocessing
 from foldgroup.errors import TrainingError
 from foldgroup.nn.complexity import budget, complexity, complexity_penalty, groupable_layers
+from foldgroup.nn.dgconv import DGConv
 from foldgroup.training.config import TrainConfig
 from foldgroup.training.data import Normalize, mixed
 from foldgroup.training.distributed import World
 from foldgroup.training.fixed import fix_gates
 
+if TYPE_CHECKING:
+    from foldgroup.finetune import FineTunable
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
-    """A network and what updates it.
+    """A network and what updates it: ``config.arch`` from new weights, or what ``tunable`` has folded.
 
     Raises:
         TrainingError: if there is no such architecture.
         ModelError: if it has no layer that learns groups.
     """
 
-    def __init__(self, config: TrainConfig, classes: int, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(self, config: TrainConfig, classes: int, world: World, tunable: FineTunable | None = None) -> None:
+        self.config, self.world, self.tunable = config, world, tunable
         torch.manual_seed(config.seed)
-        try:
-            model: nn.Module = get_model(config.arch, num_classes=classes)
-        except ValueError as error:
-            raise TrainingError(
-                f"unknown architecture {config.arch!r}: use g_resnext50 or another of foldgroup.nn"
-            ) from error
-        self.layers = groupable_layers(model)
+        form = _built(config.arch, classes) if tunable is None else tunable.checkpoint.model
+        self.layers = groupable_layers(form)
         if config.fixed_gates is not None:
             fix_gates(self.layers, config.fixed_gates)
-        model = world.with_synced_batchnorm(model)
+        model = world.with_synced_batchnorm(form if tunable is None else tunable.module)
         self.model = model.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # a missing overload
-        self.o = complexity(model).item() if config.complexity is None else budget(model, config.complexity)
+        self.form = self.model if tunable is None else form
+        """What has the gates: the network itself, or the training form of the folded one."""
+        self.o = complexity(self.form).item() if config.complexity is None else budget(self.form, config.complexity)
         self.optimizer = optimizer(model, config)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
         self.normalize = Normalize(Preprocessing.standard(config.input_size), world.device)
@@ -66,7 +68,12 @@ class Trainer:
     @property
     def zeta_over_budget(self) -> float:
         """ζ/o as the gates are now."""
-        return complexity(self.model).item() / self.o
+        return complexity(self.form).item() / self.o
+
+    @property
+    def training_form(self) -> nn.Module:
+        """The network as it is now, in the form that checkpoints hold."""
+        return self.model if self.tunable is None else self.tunable.training_form()
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -96,7 +103,7 @@ class Trainer:
                 labels = labels.to(device, non_blocking=True)
                 logits = self._logits(self.normalize(images))
                 loss = functional.cross_entropy(logits, labels)
-                objective = loss * complexity_penalty(self.model, self.o) / len(batches)
+                objective = loss * complexity_penalty(self.form, self.o) / len(batches)
                 self.scaler.scale(objective).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             right = (logits.argmax(1) == labels).sum()
             count = totals.new_tensor(len(labels))
@@ -121,9 +128,17 @@ class Trainer:
         return apart
 
 
+def _built(arch: str, classes: int) -> nn.Module:
+    try:
+        model: nn.Module = get_model(arch, num_classes=classes)
+    except ValueError as error:
+        raise TrainingError(f"unknown architecture {arch!r}: use g_resnext50 or another of foldgroup.nn") from error
+    return model
+
+
 def optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with two groups: weights, and gates, which have no scale to decay."""
-    gates = [layer.gate for layer in groupable_layers(model).values()]
+    """SGD with two groups: weights, and gates, which have no scale to decay; a folded network has none."""
+    gates = [layer.gate for layer in model.modules() if isinstance(layer, DGConv)]
     gate_ids = {id(gate) for gate in gates}
     weights = [p for p in model.parameters() if id(p) not in gate_ids]
     return torch.optim.SGD(
