@@ -41,9 +41,12 @@ def _work(work: Path | None, scale: str) -> Path:
 @images_option
 @work_option
 @click.option("--jobs", default=os.cpu_count(), show_default="as many as cores", help="Networks to train at a time.")
-def train(studies: tuple[str, ...], scale_name: str, images: Path, work: Path | None, jobs: int) -> None:
+@click.option("--seeds", type=int, help="So many seeds at most.  [default: as many as each study has]")
+def train(
+    studies: tuple[str, ...], scale_name: str, images: Path, work: Path | None, jobs: int, seeds: int | None
+) -> None:
     """Train what STUDIES need (table2 … table6; all by default) and is not there yet."""
-    training.train_all(SCALES[scale_name], studies, images, _work(work, scale_name), jobs)
+    training.train_all(SCALES[scale_name], studies, images, _work(work, scale_name), jobs, seeds)
 
 
 @main.command()

@@ -154,17 +154,16 @@ def studies(scale: Scale) -> list[Study]:
     return [table3, table2, table5, table6, table4]
 
 
-def runs(scale: Scale, names: tuple[str, ...] = ()) -> Iterator[tuple[Point, int]]:
-    """Every network and seed of the studies named, or of all, each once.
+def runs(scale: Scale, names: tuple[str, ...] = (), seeds: int | None = None) -> Iterator[tuple[Point, int]]:
+    """Every network and seed of the studies named, or of all, each once; of no more than ``seeds`` seeds.
 
-    The studies with all seeds come first, seed by seed, and sources before what needs them.
+    The first seed of everything comes first, and sources before what needs them.
     """
     told: set[tuple[str, int]] = set()
     wanted = [study for study in studies(scale) if not names or study.name in names]
-    for seeds in sorted({study.seeds for study in wanted}, reverse=True):
-        for seed in range(seeds):
-            for row in (row for study in wanted if study.seeds == seeds for row in study.rows):
-                for point in (row.point.source, row.point):
-                    if point is not None and (point.key, seed) not in told:
-                        told.add((point.key, seed))
-                        yield point, seed
+    for seed in range(seeds or scale.seeds):
+        for row in (row for study in wanted if seed < study.seeds for row in study.rows):
+            for point in (row.point.source, row.point):
+                if point is not None and (point.key, seed) not in told:
+                    told.add((point.key, seed))
+                    yield point, seed

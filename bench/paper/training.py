@@ -78,7 +78,9 @@ def test_accuracy(checkpoint: Path, folder: Path, config: TrainConfig) -> float:
     return accuracy(model, good(iter(holdout_batches(data, config, world))), world)
 
 
-def train_all(scale: Scale, names: tuple[str, ...], images: Path, work: Path, jobs: int) -> None:
+def train_all(
+    scale: Scale, names: tuple[str, ...], images: Path, work: Path, jobs: int, seeds: int | None = None
+) -> None:
     """Every network that has no result yet, ``jobs`` at a time; one that fails ends all, with its message.
 
     A network whose groups are another's waits until that one is done.
@@ -86,7 +88,8 @@ def train_all(scale: Scale, names: tuple[str, ...], images: Path, work: Path, jo
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the runs are ended too
     work.mkdir(parents=True, exist_ok=True)
     pack_images(images, work)
-    waiting = [(point, seed) for point, seed in runs(scale, names) if not result_path(work, point, seed).is_file()]
+    every = runs(scale, names, seeds)
+    waiting = [(point, seed) for point, seed in every if not result_path(work, point, seed).is_file()]
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     try:
         while waiting or running:
