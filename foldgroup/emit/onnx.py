@@ -1,8 +1,9 @@
 """Graph → ONNX: one file, no external data, nodes named after the checkpoint's layers, no trace of the machine.
 
-torch's exporter does the work. What is added: nodes and values get the names of the layers they come from (so that any
-runtime's per-layer output leads back to the checkpoint); metadata with stack traces and paths is removed; and the
-weights in the file are compared, bit for bit, with the graph's.
+:mod:`foldgroup.emit.direct` writes what folded networks are made of; torch's exporter does the work for others. To its
+file is added: nodes and values get the names of the layers they come from (so that any runtime's per-layer output
+leads back to the checkpoint), and metadata with stack traces and paths is removed. Of either, the weights in the file
+are compared, bit for bit, with the graph's.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
+from foldgroup.emit import direct
+from foldgroup.emit.onnx_graph import Unfamiliar
 from foldgroup.errors import EmitError, EquivalenceError, RunnerError
 from foldgroup.outputs import outputs_of
 from foldgroup.trace import called_module, fork
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
+
+_logger = logging.getLogger(__name__)
 
 MODEL = "model.onnx"
 INPUT, BATCH = "input", "batch"
@@ -52,11 +57,33 @@ def export_onnx(graph: fx.GraphModule, input_shape: tuple[int, ...], *, fixed_ba
         EquivalenceError: if the file does not hold the graph's weights.
     """
     import onnx
+    from onnx import helper
 
     model = fork(graph)
     outputs = outputs_of(model)
     model.graph.output_node().args = (tuple(outputs.values()),)
     model.recompile()
+    batch = input_shape[0] if fixed_batch else BATCH
+    given = helper.make_tensor_value_info(INPUT, onnx.TensorProto.FLOAT, [batch, *input_shape[1:]])
+    opset = OPSET_BF16 if _has_bf16(model) else OPSET
+    try:
+        proto = direct.write(model, outputs, given, opset)
+    except Unfamiliar as reason:
+        _logger.debug("left to torch's exporter: %s", reason)
+        proto = _by_torch(model, list(outputs), input_shape, opset, fixed_batch=fixed_batch)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise EmitError(f"the exported ONNX model is not valid: {error}") from error
+    content: bytes = proto.SerializeToString(deterministic=True)
+    stored_weights_match(content, model)
+    return content
+
+
+def _by_torch(
+    model: fx.GraphModule, outputs: Sequence[str], input_shape: tuple[int, ...], opset: int, *, fixed_batch: bool
+) -> ModelProto:
+    """What torch's exporter makes of ``model``, whose nodes' meta is lost; named and stripped."""
     for node in model.graph.nodes:
         node.meta = {}
     # A batch of one would be taken for a constant.
@@ -76,7 +103,7 @@ def export_onnx(graph: fx.GraphModule, input_shape: tuple[int, ...], *, fixed_ba
                 input_names=[INPUT],
                 output_names=[f"{_OUTPUT}{i}" for i in range(len(outputs))],
                 dynamic_shapes=shapes,
-                opset_version=OPSET_BF16 if _has_bf16(model) else OPSET,
+                opset_version=opset,
                 verbose=False,
             )
         assert program is not None
@@ -85,15 +112,9 @@ def export_onnx(graph: fx.GraphModule, input_shape: tuple[int, ...], *, fixed_ba
         raise EmitError(f"ONNX export failed: {error}") from error
     finally:
         logger.setLevel(level)
-    _name_after_layers(proto, list(outputs))
+    _name_after_layers(proto, outputs)
     _strip(proto)
-    try:
-        onnx.checker.check_model(proto, full_check=True)
-    except Exception as error:
-        raise EmitError(f"the exported ONNX model is not valid: {error}") from error
-    content: bytes = proto.SerializeToString(deterministic=True)
-    stored_weights_match(content, model)
-    return content
+    return proto
 
 
 def _has_bf16(graph: fx.GraphModule) -> bool:

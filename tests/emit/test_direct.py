@@ -1,0 +1,417 @@
+"""Graphs written without torch's exporter: the same file but for constants, and only where everything is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torchvision
+from onnx import helper, numpy_helper
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+import foldgroup.nn  # noqa: F401  # registers the G-ResNeXt builders
+from foldgroup.channel_order import ChannelOrder
+from foldgroup.emit import direct
+from foldgroup.emit.onnx import export_onnx, stored_weights_match
+from foldgroup.emit.onnx_graph import Unfamiliar
+from foldgroup.emit.precision import typed
+from foldgroup.forms import ChannelSelect, ChannelShuffle
+from foldgroup.run import OnnxRuntimeRunner
+from foldgroup.trace import attach_shapes, evaluate, fork, trace
+from passes import default_pipeline
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPE = (1, 4, 9, 9)
+
+
+def is_direct(model: bytes) -> bool:
+    return bool(onnx.load_from_string(model).producer_name == "foldgroup")
+
+
+def by_torch(graph: fx.GraphModule, shape: tuple[int, ...], *, fixed_batch: bool = False) -> bytes:
+    """What torch's exporter makes of ``graph``."""
+
+    def refuse(*_: object) -> None:
+        raise Unfamiliar("this test wants the other")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "write", refuse)
+        model = export_onnx(graph, shape, fixed_batch=fixed_batch)
+    assert not is_direct(model)
+    return model
+
+
+def described(model: bytes) -> list[tuple[Any, ...]]:
+    """Every node: name, kind, inputs, outputs and attributes. Initializers are their values, axes from the front."""
+    proto = onnx.load_from_string(model)
+    stored = {tensor.name: tensor for tensor in proto.graph.initializer}
+    ranks = {
+        value.name: len(value.type.tensor_type.shape.dim) for value in (*proto.graph.value_info, *proto.graph.input)
+    }
+
+    def operand(node: onnx.NodeProto, value: str) -> object:
+        if value not in stored:
+            return value
+        array = numpy_helper.to_array(stored[value])
+        if node.op_type == "ReduceMean":
+            return sorted(int(axis) % ranks[node.input[0]] for axis in array)
+        return stored[value].data_type, array.shape, array.tobytes()
+
+    return [
+        (
+            *(node.name, node.op_type, [operand(node, value) for value in node.input], list(node.output)),
+            {a.name: helper.get_attribute_value(a) for a in node.attribute},
+        )
+        for node in proto.graph.node
+    ]
+
+
+def ports(model: bytes) -> dict[str, tuple[int, list[object]]]:
+    """Type and shape of every value that is computed or given."""
+    graph = onnx.load_from_string(model).graph
+    values = {value.name: value.type.tensor_type for value in (*graph.value_info, *graph.input, *graph.output)}
+    stored = {tensor.name for tensor in graph.initializer}
+    return {
+        name: (kind.elem_type, [axis.dim_param or axis.dim_value for axis in kind.shape.dim])
+        for name, kind in values.items()
+        if name not in stored
+    }
+
+
+def run(model: bytes, inputs: Tensor) -> tuple[np.ndarray, ...]:
+    with OnnxRuntimeRunner(model) as runner:
+        return tuple(runner.outputs(inputs.numpy()))
+
+
+def alive(model: nn.Module) -> nn.Module:
+    """With random gates, batch norms that do something, and no zeros for biases, which torch's exporter leaves out."""
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith("gate"):
+                tensor.normal_()
+            elif tensor.is_floating_point() and tensor.ndim == 1:
+                tensor.uniform_(0.5, 1.5)
+    return model
+
+
+def assert_alike(graph: fx.GraphModule, shape: tuple[int, ...]) -> bytes:
+    """Written here and by torch ``graph`` is one file; returns ours."""
+    ours, theirs = export_onnx(graph, shape), by_torch(graph, shape)
+    assert is_direct(ours)
+    assert described(ours) == described(theirs)
+    assert ports(ours) == ports(theirs)
+    inputs = torch.randn(2, *shape[1:])
+    for a, b in zip(run(ours, inputs), run(theirs, inputs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    return ours
+
+
+# ---- whole networks ----------------------------------------------------------------------------------------------
+
+NETWORKS = {
+    "g_resnext17_cifar": (1, 3, 32, 32),
+    **dict.fromkeys(("resnext50_32x4d", "resnet18", "mobilenet_v3_small"), (1, 3, 64, 64)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_folded_networks_are_written_as_torch_writes_them(name: str) -> None:
+    torch.manual_seed(0)
+    shape = NETWORKS[name]
+    network = alive(torchvision.models.get_model(name))
+    folded = default_pipeline().run(trace(network, shape)).graph
+    model = assert_alike(typed(folded, torch.float32), shape)
+    assert model == export_onnx(typed(folded, torch.float32), shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_are_written_as_torch_writes_them(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    folded = default_pipeline().run(trace(alive(torchvision.models.resnet18()), (1, 3, 32, 32))).graph
+    graph = typed(folded, dtype, ["layer2.0.conv1", "fc"])
+    ours, theirs = export_onnx(graph, (1, 3, 32, 32)), by_torch(graph, (1, 3, 32, 32))
+    assert is_direct(ours)
+    assert described(ours) == described(theirs) and ports(ours) == ports(theirs)
+    if dtype == torch.float16:  # bfloat16 ONNX Runtime does not compute in on a processor
+        inputs = torch.randn(3, 3, 32, 32)
+        np.testing.assert_array_equal(run(ours, inputs)[0], run(theirs, inputs)[0])
+
+
+# ---- every operation ---------------------------------------------------------------------------------------------
+
+
+class Doubled(nn.Conv2d):
+    """A subclass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Wrapped(nn.Module):
+    """A module between others, or a function of what they give."""
+
+    def __init__(self, inner: nn.Module | Callable[..., Any], dimensions: int = 2) -> None:
+        super().__init__()
+        self.stem = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1](4, 8, 3, padding=1)
+        self.scale = nn.Parameter(torch.rand(8, *[1] * dimensions) + 1)
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> object:
+        x = self.stem(x)
+        return self.inner(x) if isinstance(self.inner, nn.Module) else self.inner(x, self.scale)
+
+
+def graph_of(inner: nn.Module | Callable[..., Any], dimensions: int = 2) -> fx.GraphModule:
+    torch.manual_seed(0)
+    leaves = (ChannelShuffle, ChannelSelect, Doubled)
+    if not isinstance(inner, leaves):
+        return trace(alive(Wrapped(inner, dimensions)), (1, 4, *[9] * dimensions))
+    graph = trace(Wrapped(nn.Identity(), dimensions), (1, 4, *[9] * dimensions))
+    graph.add_submodule("inner", inner.eval())
+    attach_shapes(graph, (1, 4, *[9] * dimensions))
+    return graph
+
+
+def overwritten(x: Tensor, scale: Tensor) -> Tensor:
+    x += scale
+    x *= scale
+    return functional.relu(x, inplace=True)
+
+
+MODULES: dict[str, tuple[nn.Module | Callable[..., Any], int]] = {
+    "strided": (nn.Conv2d(8, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=2, bias=False), 2),
+    "depthwise": (nn.Conv2d(8, 16, 3, groups=8), 2),
+    "grouped": (nn.Conv1d(8, 12, 3, groups=4, padding=2, dilation=2), 1),
+    "volume": (nn.Conv3d(8, 4, (1, 2, 3), stride=2), 3),
+    "same": (nn.Conv2d(8, 8, (3, 5), padding="same", dilation=(1, 2)), 2),
+    "valid": (nn.Conv2d(8, 8, 3, padding="valid"), 2),
+    "max": (nn.MaxPool2d(3, 2, 1), 2),
+    "max1": (nn.MaxPool1d(2), 1),
+    "max3": (nn.MaxPool3d((1, 2, 3), dilation=2), 3),
+    "average": (nn.AvgPool2d(3, 2, 1), 2),
+    "average1": (nn.AvgPool1d(3, padding=1), 1),
+    "average3": (nn.AvgPool3d(3, 2, 1, count_include_pad=False), 3),
+    "global": (nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.Linear(8, 5)), 2),
+    "global3": (nn.Sequential(nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8, 5, bias=False)), 3),
+    "global function": (lambda x, _: functional.adaptive_avg_pool2d(x, (1, 1)), 2),
+    "global function3": (lambda x, _: functional.adaptive_avg_pool3d(x, 1), 3),
+    "flatten": (
+        lambda x, _: (x.flatten(1), torch.flatten(x.relu(), start_dim=1)),
+        2,
+    ),
+    "mean": (lambda x, _: (x.mean((2, 3)), torch.mean(x, -1, keepdim=True), x.mean([1, 2], True)), 2),
+    "normalised": (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(8)), 2),
+    "normalised1": (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(8)), 1),
+    "normalised3": (nn.Sequential(nn.ReLU(), nn.BatchNorm3d(8)), 3),
+    "activations": (
+        nn.Sequential(nn.ReLU(inplace=True), nn.Tanh(), nn.ReLU6(), nn.Sigmoid(), nn.Hardtanh(-0.5, 2), nn.SiLU()),
+        2,
+    ),
+    "hard": (nn.Sequential(nn.Hardswish(), nn.Hardsigmoid()), 2),
+    "functions": (lambda x, _: torch.relu(torch.tanh(functional.relu(torch.sigmoid(x.relu())))).tanh().sigmoid(), 2),
+    "left out": (nn.Sequential(nn.Dropout(), nn.ReLU(), nn.Identity(), nn.Dropout2d(), nn.Sigmoid()), 2),
+    "left out1": (nn.Sequential(nn.Dropout1d(), nn.Sigmoid()), 1),
+    "left out3": (nn.Sequential(nn.Dropout3d(), nn.Sigmoid()), 3),
+    "sums": (lambda x, s: torch.add(x + s, x).add(s).mul(x) * torch.mul(s, x), 2),
+    "scaled": (lambda x, _: x * torch.sigmoid(x.mean((2, 3), keepdim=True)), 2),
+    "overwritten": (overwritten, 2),
+    "joined": (lambda x, s: torch.cat([x, x * s, torch.concat((x, x), dim=-3)], 1), 2),
+    "joined in space": (lambda x, s: torch.cat((x, x * s), dim=-1), 2),
+    "index": (ChannelShuffle(ChannelOrder((3, 0, 1, 2, 7, 6, 5, 4)), "stem"), 2),
+    "digits": (ChannelShuffle(ChannelOrder.from_digits((2, 4), (1, 0)), "stem"), 2),
+    "digits in 1-D": (ChannelShuffle(ChannelOrder.from_digits((2, 2, 2), (2, 0, 1)), "stem"), 1),
+    "selected": (ChannelSelect((0, 0, 7, 3), "stem"), 2),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_operation_is_written_as_torch_writes_it(name: str) -> None:
+    inner, dimensions = MODULES[name]
+    graph = graph_of(inner, dimensions)
+    shape = (1, 4, *[9] * dimensions)
+    ours = assert_alike(graph, shape)
+    for batch in (1, 3):
+        inputs = torch.randn(batch, *shape[1:])
+        expected = evaluate(graph, inputs, torch.float32)["output"]
+        for a, b in zip(run(ours, inputs), expected if isinstance(expected, tuple) else [expected], strict=True):
+            np.testing.assert_allclose(a, b.numpy(), rtol=1e-5, atol=2e-5)
+    fixed = export_onnx(graph, (3, *shape[1:]), fixed_batch=True)
+    assert is_direct(fixed) and ports(fixed)["input"][1] == [3, *shape[1:]]
+    for a, b in zip(run(fixed, inputs), run(ours, inputs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["global", "digits", "index"])
+def test_a_fixed_batch_is_written_as_torch_writes_it(name: str) -> None:
+    graph = graph_of(*MODULES[name])
+    ours, theirs = (write(graph, (3, *SHAPE[1:]), fixed_batch=True) for write in (export_onnx, by_torch))
+    assert described(ours) == described(theirs) and ports(ours) == ports(theirs)
+
+
+@pytest.mark.parametrize("function", [False, True])
+def test_a_pool_to_one_position_of_a_signal_takes_one_node_instead_of_three(function: bool) -> None:
+    graph = graph_of((lambda x, _: functional.adaptive_avg_pool1d(x, 1)) if function else nn.AdaptiveAvgPool1d(1), 1)
+    ours = export_onnx(graph, (1, 4, 9))
+    name = "reducemean" if function else "inner"
+    assert [node[:2] for node in described(ours)] == [("stem", "Conv"), (name, "ReduceMean")]
+    inputs = torch.randn(3, 4, 9)
+    np.testing.assert_allclose(run(ours, inputs)[0], run(by_torch(graph, (1, 4, 9)), inputs)[0], rtol=0, atol=1e-6)
+
+
+def test_every_operation_of_the_table_is_tested() -> None:
+    """By a graph above or, the casts, by those in 16 bits."""
+    seen: set[object] = {"to", nn.AdaptiveAvgPool1d, functional.adaptive_avg_pool1d}
+    for inner, dimensions in MODULES.values():
+        graph = graph_of(inner, dimensions)
+        for node in graph.graph.nodes:
+            seen.add(type(graph.get_submodule(node.target)) if node.op == "call_module" else node.target)
+    assert not set(direct.OPERATIONS) - seen
+
+
+# ---- layers and weights that occur twice -------------------------------------------------------------------------
+
+
+class Twice(nn.Module):
+    """One module called twice, two modules of one weight, and outputs named after layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(4, 4, 1) for _ in range(3))
+        self.b.weight = self.a.weight
+        self.relu_2 = nn.ReLU()
+        self.add = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.c(functional.relu(self.c(self.b(self.a(x)))))
+        z = self.add(functional.relu(y + x)) + self.relu_2(y)
+        return {"c": z, "mean": y.mean((2, 3)), "input": y * z}
+
+
+def test_what_occurs_twice_is_stored_once_and_named_apart() -> None:
+    torch.manual_seed(0)
+    graph = trace(Twice(), SHAPE)
+    model = export_onnx(graph, SHAPE)
+    proto = onnx.load_from_string(model)
+    assert is_direct(model)
+    names = [node.name for node in proto.graph.node]
+    assert len(set(names)) == len(names) and {"a", "b", "c", "c_2", "add", "relu_2"} <= set(names)
+    assert next(node.op_type for node in proto.graph.node if node.name == "add") == "Conv"
+    assert [tensor.name for tensor in proto.graph.initializer if tensor.name.endswith("weight")] == [
+        *("a.weight", "c.weight", "add.weight")
+    ]
+    assert [value.name for value in proto.graph.output] == ["c", "mean", "input_2"]
+    assert stored_weights_match(model, graph) == 5
+    inputs = torch.randn(2, *SHAPE[1:])
+    with torch.no_grad():
+        expected = graph(inputs)
+    for ours, theirs in zip(run(model, inputs), expected.values(), strict=True):
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5)
+
+
+def test_a_batch_norm_after_a_convolution_stays_a_node() -> None:
+    """torch's exporter fuses the two, and the file would no longer hold the layer's weights."""
+    graph = graph_of(nn.BatchNorm2d(8))
+    model = export_onnx(graph, SHAPE)
+    assert [node[1] for node in described(model)] == ["Conv", "BatchNormalization"]
+    inputs = torch.randn(2, *SHAPE[1:])
+    expected = evaluate(graph, inputs)["output"].numpy()
+    np.testing.assert_allclose(run(model, inputs)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_graphs_without_shapes_or_of_another_size_get_them() -> None:
+    graph = graph_of(nn.Sequential(nn.ReLU(), nn.Flatten()))
+    for size in (9, 6):
+        bare = fork(graph)
+        for node in bare.graph.nodes if size == 9 else ():
+            node.meta = {}
+        model = export_onnx(bare, (1, 4, size, size))
+        assert is_direct(model)
+        assert ports(model)["logits"][1] == ["batch", 8 * size**2]
+
+
+# ---- near misses -------------------------------------------------------------------------------------------------
+
+
+def hooked() -> nn.Module:
+    layer = nn.ReLU()
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+MISSES: dict[str, tuple[nn.Module | Callable[..., Any], str]] = {
+    "ceil_mode": (nn.MaxPool2d(2, ceil_mode=True), "rounds up"),
+    "divisor": (nn.AvgPool2d(2, divisor_override=3), "divides by something else"),
+    "average rounded up": (nn.AvgPool2d(2, ceil_mode=True), "rounds up"),
+    "subclass": (Doubled(8, 8, 1), "Doubled"),
+    "reflect": (nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), "pads with reflect"),
+    "uneven": (nn.Conv2d(8, 8, 2, padding="same"), "one side more"),
+    "hooks": (hooked(), "hooks"),
+    "unknown": (lambda x, _: torch.cumsum(x, 2), "cumsum"),
+    "gelu": (nn.GELU(), "GELU"),
+    "other size": (nn.AdaptiveAvgPool2d(3), "pools to 3"),
+    "linear of positions": (nn.Linear(9, 9), "4 axes"),
+    "flatten all but two": (lambda x, _: x.flatten(2), "flattens axes 2"),
+    "mean of the batch": (lambda x, _: x.mean((0, 1), keepdim=True) + x, "is the mean over"),
+    "mean of all": (lambda x, _: x + x.mean(), "arguments that are not known"),
+    "mean in another type": (lambda x, _: x.mean(1, dtype=torch.float64).float(), "arguments that are not known"),
+    "alpha": (lambda x, s: torch.add(x, s, alpha=2), "arguments that are not known"),
+    "number": (lambda x, _: x * 2, "which is no tensor"),
+    "of constants": (lambda x, s: x + torch.relu(s), "reads a constant"),
+    "of constants alone": (lambda x, s: x * (s + s), "broadcasts along the batch"),
+    "ranks": (lambda x, _: x.mean((1, 2)) * x, "broadcasts along the batch"),
+    "joined batches": (lambda x, _: torch.cat([x, x]).mean((2, 3)), "concatenates along axis 0"),
+    "overwritten": (lambda x, s: (x.mul(s), x.mul_(s))[0], "overwrites"),
+    "no statistics": (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(8, track_running_stats=False)), "no statistics"),
+    "no scale": (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(8, affine=False)), "no scale"),
+    "same output twice": (lambda x, _: (torch.relu(x), x, x), "another output"),
+    "output of a view": (nn.Sequential(nn.ReLU(), nn.Identity()), "another output"),
+}
+
+
+def reason_of(graph: fx.GraphModule) -> str:
+    from foldgroup.outputs import outputs_of
+
+    given = helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, ["batch", *SHAPE[1:]])
+    with pytest.raises(Unfamiliar) as refused:
+        direct.write(graph, outputs_of(graph), given, 20)
+    return str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")  # the uneven one
+@pytest.mark.parametrize("name", MISSES)
+def test_a_near_miss_is_left_to_torch(name: str) -> None:
+    inner, reason = MISSES[name]
+    assert reason in reason_of(graph_of(inner))
+
+
+def test_what_is_left_to_torch_is_exported() -> None:
+    graph = graph_of(nn.MaxPool2d(2, ceil_mode=True))
+    model = export_onnx(graph, SHAPE)
+    assert not is_direct(model)
+    inputs = torch.randn(2, *SHAPE[1:])
+    np.testing.assert_allclose(run(model, inputs)[0], evaluate(graph, inputs)["output"].numpy(), rtol=0, atol=1e-5)
+
+
+def test_a_dropout_in_training_mode_is_left_to_torch() -> None:
+    graph = graph_of(nn.Dropout())
+    graph.get_submodule("inner").train()
+    assert "training mode" in reason_of(graph)
+
+
+def test_types_that_differ_are_left_to_torch() -> None:
+    graph = graph_of(nn.ReLU())
+    graph.get_submodule("stem").double()
+    assert "another type" in reason_of(graph)
+
+
+def test_a_constant_that_has_the_axis_of_the_batch_is_left_to_torch() -> None:
+    graph = graph_of(lambda x, s: x * s)
+    graph.scale = nn.Parameter(torch.rand(3, 8, 1, 1))
+    attach_shapes(graph, (3, *SHAPE[1:]))
+    assert "broadcasts along the batch" in reason_of(graph)
