@@ -8,10 +8,14 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from bench.growth import exponents
+from bench.paper.claims import claims
+from bench.paper.collecting import read_document
+from bench.paper.scales import SCALES
 from bench.plots import label
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +32,7 @@ def figures() -> str:
         lines.append(
             f"- Compiling {run['arch']} {'with an engine for three GPUs' if run['engines'] else 'to ONNX'} took "
             f"{run['wall_seconds']:.0f} s and "
-            f"{run['peak_rss_bytes'] / 1e9:.1f} GB on {compiles['threads']} cores: {run['shuffles_inserted']} shuffles "
+            f"{run['peak_rss_bytes'] / 1e9:.1f} GB on {_cpu(compiles['machine'])}: {run['shuffles_inserted']} shuffles "
             f"inserted, {run['shuffles_kept']} kept, float64 error {run['float64_max_error']:.0e}. {_steps(run)}"
         )
     grown = _read(RESULTS / "growth.json")
@@ -39,12 +43,27 @@ def figures() -> str:
             f"weights, more with {name}, takes time that grows as a power of at most {steepest['wall_seconds']:.2f} of "
             f"the weights, and memory of {steepest['peak_rss_bytes']:.2f} ([growth.md](bench/results/growth.md))."
         )
+    lines += [_studies(read_document(SCALES[path.stem])) for path in sorted((RESULTS / "paper").glob("*.json"))]
     for path in sorted(RESULTS.glob("targets_*.json")):
         lines += ["", *_targets(_read(path))]
     engines = RESULTS / "engines.json"
     if engines.is_file():
         lines += ["", *_engines(_read(engines))]
     return "\n".join(lines)
+
+
+def _studies(document: dict[str, Any]) -> str:
+    """How the paper's claims fared at a scale."""
+    scale = SCALES[document["scale"]["name"]]
+    found = Counter(claim.verdict for claim in claims(scale, document) if claim.verdict is not None)
+    seconds = sum(entry["seconds"] for runs in document["runs"].values() for entry in runs.values())
+    return (
+        f"- Of {found.total()} claims of the paper that were tried on CIFAR-10, with networks of "
+        f"{sum(scale.blocks)} blocks, {scale.config('', 0).epochs} epochs and at most {scale.seeds} seeds "
+        f"({seconds / 3600:.1f} hours of processor cores), {found['supported']} are supported, "
+        f"{found['contradicted']} contradicted, and {found['open']} cannot be told at this scale "
+        f"([{scale.name}.md](bench/results/paper/{scale.name}.md))."
+    )
 
 
 def _steps(run: dict[str, Any]) -> str:

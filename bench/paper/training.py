@@ -24,9 +24,10 @@ from bench.paper.studies import Point, runs
 from foldgroup.checkpoint import Preprocessing, load_checkpoint
 from foldgroup.training.cifar import CLASSES
 from foldgroup.training.config import TrainConfig
-from foldgroup.training.data import Plain, Tree, good, holdout_batches
+from foldgroup.training.data import Plain, good, holdout_batches
 from foldgroup.training.distributed import World
 from foldgroup.training.loop import accuracy, train
+from foldgroup.training.sources import Tree
 from foldgroup.training.state import state_path
 
 

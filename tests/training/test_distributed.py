@@ -43,7 +43,7 @@ from dataclasses import replace
 from pathlib import Path
 from pictures import CONFIG
 from foldgroup.errors import ImageError, TrainingError
-from foldgroup.training.data import Tree
+from foldgroup.training.sources import Tree
 from foldgroup.training.loop import train
 reads, read = [], Tree.read
 def fails(self, index):
