@@ -74,6 +74,11 @@ def resnext(scale: Scale) -> Point:
     return Point("ResNeXt", groups=scale.cardinality)
 
 
+def resnet(scale: Scale) -> Point:
+    """Bottlenecks with half as wide 3×3 and no groups, as ResNet-50 is to ResNeXt-50 32×4d."""
+    return Point("ResNet", width=0.5, groups=1)
+
+
 def learned(scale: Scale, paper_b: float) -> Point:
     """G-ResNeXt at the budget that corresponds to the paper's."""
     return Point(f"G-ResNeXt, b = {scale.b(paper_b):g}", b=scale.b(paper_b))
@@ -88,7 +93,6 @@ def star(source: Point, what: What) -> Point:
 def studies(scale: Scale) -> list[Study]:
     """Every study at a scale, the ones that matter most first."""
     base, g32, g96 = resnext(scale), learned(scale, 32), learned(scale, 96)
-    resnet = Point("ResNet", width=0.5, groups=1)
 
     table3 = Study(
         "table3",
@@ -109,7 +113,7 @@ def studies(scale: Scale) -> list[Study]:
         "table2",
         "Accuracy at about the same number of parameters",
         (
-            Row(resnet, "ResNet50", 76.4, "25 M"),
+            Row(resnet(scale), "ResNet50", 76.4, "25 M"),
             Row(base, "ResNeXt50", 77.8, "25 M"),
             Row(g32, "G-ResNeXt50 (b = 32)", 78.4, "25 M"),
         ),
@@ -141,7 +145,7 @@ def studies(scale: Scale) -> list[Study]:
         "table4",
         "Deeper, wider, more cardinality",
         (
-            Row(resnet, "ResNet101", 78.2, "1×"),
+            Row(resnet(scale), "ResNet101", 78.2, "1×"),
             Row(Point("ResNet, twice as deep", width=0.5, depth=2, groups=1), "ResNet200", 78.6, "2×"),
             Row(Point("ResNet, wider", width=0.5 * 100 / 64, groups=1), "ResNet101 1×100d", 78.8, "2×"),
             Row(Point("ResNeXt, twice the groups", width=2, groups=cardinality), "ResNeXt101 64×4d", 79.8, "2×"),
