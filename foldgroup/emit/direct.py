@@ -59,16 +59,14 @@ def write(graph: fx.GraphModule, outputs: Mapping[str, fx.Node], given: ValueInf
     results = [writer.values[node] for node in outputs.values()]
     if [value.name for value in results] != list(outputs):
         raise Unfamiliar("an output is the input, a constant or another output")
-    made = helper.make_graph(
-        writer.nodes,
-        "main_graph",
-        [given],
-        [writer.port(value) for value in results],
-        writer.stored,
-        value_info=[writer.port(value) for value in writer.made if value.name not in outputs],
-    )
-    imports = [helper.make_opsetid("", opset)]
-    return helper.make_model(made, opset_imports=imports, ir_version=IR_VERSION, producer_name="foldgroup")
+    proto = writer.proto
+    proto.ir_version, proto.producer_name = IR_VERSION, "foldgroup"
+    proto.opset_import.append(helper.make_opsetid("", opset))
+    proto.graph.name = "main_graph"
+    proto.graph.input.append(given)
+    proto.graph.output.extend(writer.port(value) for value in results)
+    proto.graph.value_info.extend(writer.port(value) for value in writer.made if value.name not in outputs)
+    return proto
 
 
 def _check(graph: fx.GraphModule, needed: Iterable[fx.Node], shape: Sequence[int]) -> None:

@@ -71,11 +71,12 @@ def export_onnx(graph: fx.GraphModule, input_shape: tuple[int, ...], *, fixed_ba
     except Unfamiliar as reason:
         _logger.debug("left to torch's exporter: %s", reason)
         proto = _by_torch(model, list(outputs), input_shape, opset, fixed_batch=fixed_batch)
+    content: bytes = proto.SerializeToString(deterministic=True)
+    del proto  # as large as the weights
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        onnx.checker.check_model(content, full_check=True)
     except Exception as error:
         raise EmitError(f"the exported ONNX model is not valid: {error}") from error
-    content: bytes = proto.SerializeToString(deterministic=True)
     stored_weights_match(content, model)
     return content
 

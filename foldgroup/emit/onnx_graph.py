@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from foldgroup.trace import shape_of
 
 if TYPE_CHECKING:
-    from onnx import NodeProto, TensorProto, ValueInfoProto
+    from onnx import ValueInfoProto
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -66,11 +66,12 @@ class Writer:
     def __init__(
         self, graph: fx.GraphModule, outputs: Mapping[str, fx.Node], given: ValueInfoProto, layers: Collection[str]
     ) -> None:
+        from onnx import ModelProto
+
         self.graph = graph
         self.given = given
+        self.proto = ModelProto()  # filled in place: weights are large, and every helper of onnx copies them
         self.values: dict[fx.Node, Value] = {}
-        self.nodes: list[NodeProto] = []
-        self.stored: list[TensorProto] = []
         self.made: list[Value] = []
         self._outputs = {node: name for name, node in outputs.items()}
         self._tensors: dict[Any, Value] = {}
@@ -118,7 +119,7 @@ class Writer:
         name = self._named(layer, kind.lower())
         value = self._outputs[node] if last and node in self._outputs else self._unique(name)
         result = Value(value, dtype or inputs[0].dtype, shape_of(node) if shape is None else shape)
-        self.nodes.append(helper.make_node(kind, [one.name for one in inputs], [value], name, **attributes))
+        self.proto.graph.node.append(helper.make_node(kind, [one.name for one in inputs], [value], name, **attributes))
         self.made.append(result)
         return result
 
@@ -146,13 +147,11 @@ class Writer:
         return self.given.type.tensor_type.shape.dim[0].dim_value or -1
 
     def _stored(self, key: Any, name: str, tensor: Tensor) -> Value:
-        from onnx import TensorProto
-
         if key not in self._tensors:
             value = Value(self._unique(name), tensor.dtype, tuple(tensor.shape), constant=True)
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
             kind = onnx_types()[tensor.dtype]
-            self.stored.append(TensorProto(name=value.name, data_type=kind, dims=value.shape, raw_data=raw))
+            self.proto.graph.initializer.add(name=value.name, data_type=kind, dims=value.shape, raw_data=raw)
             self._tensors[key] = value
         return self._tensors[key]
 

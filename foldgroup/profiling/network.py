@@ -264,9 +264,10 @@ def _types_of(proto: ModelProto, input_shape: Sequence[int]) -> dict[str, tuple[
     from onnx import helper
 
     types = {tensor.name: (tuple(tensor.dims), tensor.data_type) for tensor in proto.graph.initializer}
-    small = onnx.ModelProto()
-    small.CopyFrom(proto)
-    del small.graph.initializer[:], small.graph.output[:]
+    small = onnx.ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions)
+    small.graph.name = proto.graph.name
+    for part in ("node", "input", "sparse_initializer", "value_info"):
+        getattr(small.graph, part).extend(getattr(proto.graph, part))
     for tensor in proto.graph.initializer:  # the weights' values matter to no shape, and there may be gigabytes
         if prod(tensor.dims) <= 64:
             small.graph.initializer.append(tensor)
