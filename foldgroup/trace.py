@@ -119,6 +119,21 @@ def attach_shapes(graph: fx.GraphModule, input_shape: tuple[int, ...]) -> None:
         _Shapes(graph, mode).run(torch.empty(input_shape, dtype=dtype))
 
 
+_NORMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
+"""How many axes each takes."""
+
+
+def _normalises(norm: Any, *given: Any) -> bool:
+    """Whether a batch norm in evaluation mode returns something of the shape that it is given."""
+    if len(given) != 1 or not isinstance(given[0], Tensor):
+        return False
+    x = given[0]
+    tensors = (t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None)
+    return (
+        x.ndim in _NORMS[type(norm)] and norm.running_mean is not None and all(t.shape == x.shape[1:2] for t in tensors)
+    )
+
+
 class _Shapes(fx.Interpreter):
     """Notes the shape of every tensor it meets."""
 
@@ -143,6 +158,8 @@ class _Shapes(fx.Interpreter):
         module = self.fetch_attr(target)
         if isinstance(module, DGConv):  # the mask does not change the shape, and takes long to make
             return super(DGConv, module).forward(*args, **kwargs)
+        if type(module) in _NORMS and not module.training and not kwargs and _normalises(module, *args):
+            return args[0]  # torch would take it apart into a dozen operations on fakes
         weights = next((t.dtype for t in _tensors(module) if t.is_floating_point()), None)
         given = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)), None)
         if weights is None or given is None or not given.is_floating_point():

@@ -135,6 +135,14 @@ def test_shapes_are_found_without_computing_values():
     assert shape_of(node_of(graph, "1")) == (64, 8, 4096, 4096)
 
 
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(7), nn.BatchNorm2d(7, affine=False), nn.BatchNorm1d(8), nn.BatchNorm3d(8)]
+)
+def test_a_batch_norm_that_does_not_fit_is_refused(norm):
+    with pytest.raises(TraceError, match=r"does not accept an input of shape \[1, 3, 8, 8\]: 1: "):
+        trace(nn.Sequential(conv(3, 8), norm), (1, 3, 8, 8))
+
+
 def test_shapes_of_a_network_that_writes_into_its_own_tensors():
     class Counts(nn.Module):
         def __init__(self) -> None:
