@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -200,6 +200,7 @@ class Pipeline:
             raise PassError(f"the network cannot be compiled as it is: {impure}")
         records: list[PassRecord] = []
         stage = Stage.TRAINING
+        sums: _Checksums = {}
         for step in self.passes:
             if stage < step.requires:
                 raise PassError(
@@ -207,7 +208,7 @@ class Pipeline:
                 )
             start = time.perf_counter()
             stage = max(stage, step.gives or stage)
-            result = _run_checked(step, graph, stage)
+            result, sums = _run_checked(step, graph, stage, sums)
             seconds = time.perf_counter() - start
             changed = fingerprint(result.graph) != fingerprint(graph)
             difference = check(result.graph) if check else None
@@ -242,12 +243,13 @@ def first_difference(records: Sequence[PassRecord]) -> PassRecord | None:
     return next((record for record in records if record.error is not None), None)
 
 
-def _run_checked(step: Pass, graph: fx.GraphModule, gives: Stage) -> PassResult:
-    """Run one pass and hold it to its contract."""
-    given = _contents(graph)
+def _run_checked(step: Pass, graph: fx.GraphModule, gives: Stage, sums: _Checksums) -> tuple[PassResult, _Checksums]:
+    """Run one pass and hold it to its contract. ``sums`` are checksums of its graph; the result's are returned."""
+    given = _contents(graph, sums)
     before = {node.name: (node.op, node.target, id(called_module(graph, node))) for node in graph.graph.nodes}
     result = step.run(graph)
-    left = _contents(graph)
+    after: _Checksums = {}
+    left = _contents(graph, after)
     written = [name for name in given | left if name not in given or name not in left or given[name] != left[name]]
     if written:
         raise PassError(
@@ -277,7 +279,18 @@ def _run_checked(step: Pass, graph: fx.GraphModule, gives: Stage) -> PassResult:
             )
         if before.get(node.name) != (node.op, node.target, id(module)):
             node.meta["made_by"] = step.name
-    return result
+    # What is in the same memory in both graphs, while both are there, need not be summed again for the next pass.
+    shared = {_place(tensor) for _, tensor in _tensors(result.graph)}
+    return result, {place: after[place] for place in shared & after.keys()}
+
+
+_Place: TypeAlias = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
+_Checksums: TypeAlias = dict[_Place, int]
+"""Checksums of tensors by where they are in memory: good for as long as the tensors exist."""
+
+
+def _place(tensor: Tensor) -> _Place:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _tensors(graph: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
@@ -285,16 +298,22 @@ def _tensors(graph: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
     yield from graph.named_buffers()
 
 
-def _contents(graph: fx.GraphModule) -> dict[str, object]:
-    """What a pass may read but not change, by the name to blame: nodes, modules' settings, tensors by checksum."""
+def _contents(graph: fx.GraphModule, sums: _Checksums) -> dict[str, object]:
+    """What a pass may read but not change, by the name to blame: nodes, modules' settings, tensors by checksum.
+
+    Checksums that are not in ``sums`` are added to them.
+    """
     contents: dict[str, object] = {
         f"node {node.name}": (place, node.op, node.target, node.args, node.kwargs, dict(node.meta))
         for place, node in enumerate(graph.graph.nodes)
     }
     contents |= {name: settings(module) for name, module in graph.named_modules() if name}
     for name, tensor in _tensors(graph):
-        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        contents[name] = (tensor.data_ptr(), tensor.shape, tensor.dtype, zlib.crc32(values))
+        place = _place(tensor)
+        if place not in sums:
+            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            sums[place] = zlib.crc32(values)
+        contents[name] = (place, sums[place])
     return contents
 
 

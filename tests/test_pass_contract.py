@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from forging import Named, four_layers
@@ -104,6 +106,24 @@ def test_a_pass_that_changes_what_it_was_given_is_refused(training, mutation):
     message = f"pass bad changed ({MUTATIONS[mutation]}), which it was only given to read"
     with pytest.raises(PassError, match=message):
         Pipeline((Named("bad", mutation),)).run(training)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_what_an_earlier_pass_handed_on_may_not_be_changed_either(training, mutation):
+    message = f"pass bad changed ({MUTATIONS[mutation]}), which it was only given to read"
+    with pytest.raises(PassError, match=message):
+        Pipeline((Named("first", fork), Named("second", fork), Named("bad", mutation))).run(training)
+
+
+def test_tensors_that_a_pass_makes_are_watched_in_the_next(training):
+    def renew(graph: fx.GraphModule) -> fx.GraphModule:
+        result = fork(graph)
+        layer = copy.deepcopy(graph.get_submodule("3"))
+        result.add_submodule("3", layer)
+        return result
+
+    with pytest.raises(PassError, match=r"pass bad changed 3\.weight"):
+        Pipeline((Named("first", renew), Named("second", renew), Named("bad", write_data))).run(training)
 
 
 def test_a_pass_that_returns_its_argument_is_refused(training):
