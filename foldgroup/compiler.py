@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -201,8 +202,9 @@ def compile(
         ),
         files.PREPROCESSING: to_json({**(asdict(preprocessing) if preprocessing else {}), "classes": list(classes)}),
     }
-    # The dense kernels: most of the memory, and no longer needed.
+    # The dense kernels: most of the memory, and no longer needed. Graphs refer to themselves, so someone has to look.
     del source, checkpoint, folded, refold, choices, costs, main
+    gc.collect()
 
     lower_all = partial(lower_form, keep_float=keep_float, on_step=clock)
     lowered, errors, tiers = _lowered(forms, lower_all, golden, fixed, clock)
