@@ -6,7 +6,6 @@ usage or input, with one message and nothing written.
 
 from __future__ import annotations
 
-import gc
 import json
 import signal
 import sys
@@ -127,13 +126,13 @@ def compile(
     **options: Any,
 ) -> None:
     """Compile CHECKPOINT into a bundle: ONNX models, engines, proof and manifest."""
+    from foldgroup.report.tables import compile_summary
+
     if gpu and no_engine:
         raise click.UsageError("--gpu says what the engine is for, --no-engine leaves it out: give one of them")
     with _progress("compile") as step:
-        with _uncollected():
-            from foldgroup.compiler import compile as run
-            from foldgroup.engines import EngineSettings
-            from foldgroup.report.tables import compile_summary
+        from foldgroup.compiler import compile as run
+        from foldgroup.engines import EngineSettings
 
         settings = EngineSettings(
             optimization_level=optimization_level,
@@ -383,24 +382,6 @@ def _require(verification: Verification, bundle: Path) -> None:
     if not verification:
         failed = [check.name for check in verification.checks if check.passed is False]
         raise EquivalenceError(f"{bundle}: failed: {', '.join(failed)}")
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Import without the garbage collector, and keep what is there then from it.
-
-    Libraries come with 300,000 objects that stay. The collector would look at all of them again and again: more than a
-    second of compiling G-ResNeXt-101.
-    """
-    first = "foldgroup.compiler" not in sys.modules  # or else there is nothing to import, and no telling what stays
-    if first:
-        gc.disable()
-    try:
-        yield
-    finally:
-        if first:
-            gc.freeze()
-            gc.enable()
 
 
 @contextmanager
