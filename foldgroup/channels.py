@@ -432,7 +432,9 @@ class ChannelGraph:
             else:
                 mounting.above = tuple(first[digit] for digit in mounting.above)
         self.wanted = {s.site: frozenset(first[d] for d in found) for s, found in wanted}
-        self._functions = {(first[digit], space): fine for (digit, space), fine in name.functions.items()}
+        self._functions: dict[int, dict[int, Index]] = defaultdict(dict)  # by space and digit
+        for (digit, space), fine in name.functions.items():
+            self._functions[space][first[digit]] = fine
         return True
 
     def _cut_loose(self, bond: _Bond) -> None:
@@ -508,7 +510,7 @@ class ChannelGraph:
             return "as its parts lie"
         if digit in self._orders:
             return "as it was"
-        fine = self._functions.get((digit, space.index))
+        fine = self._functions[space.index].get(digit)
         if fine is None:
             return "–"
         changes = np.flatnonzero(np.diff(fine))
@@ -542,7 +544,7 @@ class ChannelGraph:
     def _lacked(self, segment: Segment) -> frozenset[int]:
         """The digits of its space that are no function of this segment's channels, these being fewer or more."""
         space = self._space_of[segment.site]
-        mine = ((name, fine) for (name, index), fine in self._functions.items() if index == space.index)
+        mine = self._functions[space.index].items()
         known = {name: len(order) for name, (index, order) in self._orders.items() if index == space.index}
         known |= {name: m.port.width for name, m in self.lying.items() if self.space_of(m.port) is space}
         orders = {name for name, width in known.items() if width != segment.width}
@@ -550,8 +552,8 @@ class ChannelGraph:
 
     def _values(self, segment: Segment) -> Iterator[tuple[int, Index]]:
         space = self._space_of[segment.site]
-        for (name, index), fine in self._functions.items():
-            if index == space.index and (values := self._coarse(segment, fine)) is not None:
+        for name, fine in self._functions[space.index].items():
+            if (values := self._coarse(segment, fine)) is not None:
                 yield name, values
 
     def _natural(self, segment: Segment) -> Flag:

@@ -45,8 +45,9 @@ def pack(model: bytes, layer: str, groups: int) -> bytes:
 def pack_all(model: bytes, groups: Mapping[str, int]) -> bytes:
     """The same function with every convolution named in as many groups as are given for it; see :func:`pack`."""
     proto = _parse(model)
+    index = _Index(proto)
     for layer, count in groups.items():
-        _pack(proto, _convolution(proto, layer), count)
+        _pack(index, _convolution(proto, layer), count)
     return _bytes(proto)
 
 
@@ -56,9 +57,10 @@ def densify(model: bytes, layers: Collection[str]) -> bytes:
     With the learned layers, that is what the training form costs: it pays for the dense kernel of each.
     """
     proto = _parse(model)
+    index = _Index(proto)
     for node in list(proto.graph.node):
         if node.op_type == "Conv" and node.name in layers and _group(node) != 1:
-            _pack(proto, node, 1)
+            _pack(index, node, 1)
     return _bytes(proto)
 
 
@@ -73,14 +75,14 @@ def fp32_island(model: bytes, layer: str) -> bytes:
     from onnx import TensorProto, helper, numpy_helper
 
     proto = _parse(model)
-    conv = _convolution(proto, layer)
-    tensor, between = _stored(proto, conv, _WEIGHT)
+    conv, index = _convolution(proto, layer), _Index(proto)
+    tensor, between = _stored(index, conv, _WEIGHT)
     weight = _value(proto, tensor, between)
     kind = helper.np_dtype_to_tensor_dtype(weight.dtype)  # of all its inputs and its output: ONNX lets them be one only
     if kind == TensorProto.FLOAT and not between:
         raise EmitError(f"{layer} computes in fp32 already")
     for place in range(_WEIGHT, len(conv.input)):
-        value = _value(proto, *_stored(proto, conv, place)).astype(np.float32)
+        value = _value(proto, *_stored(index, conv, place)).astype(np.float32)
         conv.input[place] = f"{layer}.{'weight' if place == _WEIGHT else 'bias'}.fp32"
         proto.graph.initializer.append(numpy_helper.from_array(value, conv.input[place]))
     if kind != TensorProto.FLOAT:
@@ -98,15 +100,30 @@ def groups_of(model: bytes) -> dict[str, int]:
     return {node.name: _group(node) for node in _parse(model).graph.node if node.op_type == "Conv"}
 
 
-def _pack(proto: ModelProto, conv: NodeProto, groups: int) -> None:
+class _Index:
+    """Where everything is in a model, so that looking does not take longer for every layer that there is."""
+
+    def __init__(self, proto: ModelProto) -> None:
+        self.proto = proto
+        self.look()
+
+    def look(self) -> None:
+        """Look again, after nodes or stored tensors were added."""
+        graph = self.proto.graph
+        self.stored = {tensor.name: tensor for tensor in graph.initializer}
+        self.makers = {value: node for node in graph.node for value in node.output}
+        self.readers = Counter(value for node in graph.node for value in node.input)
+
+
+def _pack(index: _Index, conv: NodeProto, groups: int) -> None:
     from onnx import numpy_helper
 
     before = _group(conv)
     if groups < 1 or before % groups:
         raise EmitError(f"{conv.name}: cannot merge {before} groups into {groups}: name a divisor of {before}")
-    tensor, between = _own_weight(proto, conv)
+    tensor, between = _own_weight(index, conv)
     weight = numpy_helper.to_array(tensor)
-    wide = _merge(weight, before, groups, _zero(proto, conv, weight, between))
+    wide = _merge(weight, before, groups, _zero(index, conv, weight, between))
     tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
     next(a for a in conv.attribute if a.name == "group").i = groups
 
@@ -121,13 +138,11 @@ def _merge(weight: npt.NDArray[Any], before: int, groups: int, zero: npt.NDArray
     return wide
 
 
-def _zero(
-    proto: ModelProto, conv: NodeProto, weight: npt.NDArray[Any], between: Sequence[NodeProto]
-) -> npt.NDArray[Any]:
+def _zero(index: _Index, conv: NodeProto, weight: npt.NDArray[Any], between: Sequence[NodeProto]) -> npt.NDArray[Any]:
     """What stands for 0 in a stored weight, as [C_out or 1, 1, …]: 0 itself, or the zero point of its dequantiser."""
     from onnx import numpy_helper
 
-    stored = {tensor.name: tensor for tensor in proto.graph.initializer}
+    stored = index.stored
     for node in between:
         axis = next((a.i for a in node.attribute if a.name == "axis"), 1) % weight.ndim
         for parameter in (stored.get(name) for name in node.input[1:]):  # scale, zero point
@@ -139,25 +154,23 @@ def _zero(
     return zero.reshape(-1, *[1] * (weight.ndim - 1))
 
 
-def _stored(proto: ModelProto, conv: NodeProto, place: int) -> tuple[TensorProto, list[NodeProto]]:
+def _stored(index: _Index, conv: NodeProto, place: int) -> tuple[TensorProto, list[NodeProto]]:
     """The stored tensor behind an input of a convolution, and the nodes it passes on its way, in order."""
-    stored = {tensor.name: tensor for tensor in proto.graph.initializer}
-    makers = {value: node for node in proto.graph.node for value in node.output}
     value = conv.input[place]
     between: list[NodeProto] = []
-    while value not in stored:
-        maker = makers.get(value)
+    while value not in index.stored:
+        maker = index.makers.get(value)
         if maker is None or maker.op_type not in _BETWEEN:
             raise EmitError(f"{conv.name}: its weight is computed, not stored: it can only run as it stands")
         between.insert(0, maker)
         value = maker.input[0]
-    return stored[value], between
+    return index.stored[value], between
 
 
-def _own_weight(proto: ModelProto, conv: NodeProto) -> tuple[TensorProto, list[NodeProto]]:
+def _own_weight(index: _Index, conv: NodeProto) -> tuple[TensorProto, list[NodeProto]]:
     """:func:`_stored` of the weight, first copied for this convolution alone if anything else reads it."""
-    tensor, between = _stored(proto, conv, _WEIGHT)
-    readers = Counter(value for node in proto.graph.node for value in node.input)
+    tensor, between = _stored(index, conv, _WEIGHT)
+    proto, readers = index.proto, index.readers
     if all(readers[value] == 1 for value in (tensor.name, *(node.output[0] for node in between))):
         return tensor, between
     own = proto.graph.initializer.add()
@@ -173,6 +186,7 @@ def _own_weight(proto: ModelProto, conv: NodeProto) -> tuple[TensorProto, list[N
         copies.append(copy)
     conv.input[_WEIGHT] = value
     _insert(proto, conv.name, before=copies)
+    index.look()
     return own, copies
 
 

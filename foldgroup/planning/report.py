@@ -33,7 +33,7 @@ def describe(channels: ChannelGraph, solution: Solution) -> dict[str, Any]:
             "keep every shuffle": nominal + sum(kept.values()),
             "coarsen everything": coarse if isfinite(coarse) else None,
         },
-        "spaces": [_space(channels, solution, space) for space in _shown(channels)],
+        "spaces": _spaces(channels, solution),
         "layers": [
             _layer(channels, solution, layer, numbered, kept[str(layer.node.target)]) for layer in channels.grouped
         ],
@@ -54,7 +54,18 @@ def _shown(channels: ChannelGraph) -> list[Space]:
     return [space for space in channels.spaces if space.index in wanted]
 
 
-def _space(channels: ChannelGraph, solution: Solution, space: Space) -> dict[str, Any]:
+def _spaces(channels: ChannelGraph, solution: Solution) -> list[dict[str, Any]]:
+    sides: dict[int, list[tuple[Grouped, str]]] = defaultdict(list)
+    for layer in channels.grouped:
+        for side, segment in (("inputs", layer.reads), ("outputs", layer.writes)):
+            sides[channels.space_of(segment).index].append((layer, side))
+    return [_space(channels, solution, space, sides[space.index]) for space in _shown(channels)]
+
+
+def _space(
+    channels: ChannelGraph, solution: Solution, space: Space, sides: list[tuple[Grouped, str]]
+) -> dict[str, Any]:
+    """``sides`` of layers are in it."""
     orders: dict[Flag, list[str]] = defaultdict(list)
     for segment in space.segments:
         orders[solution.flags[segment.site]].append(str(segment))
@@ -65,9 +76,7 @@ def _space(channels: ChannelGraph, solution: Solution, space: Space) -> dict[str
             "groups": layer.groups,
             "met": _runs(channels.problem, solution, layer),
         }
-        for layer in channels.grouped
-        for side, segment in (("inputs", layer.reads), ("outputs", layer.writes))
-        if channels.space_of(segment) is space
+        for layer, side in sides
     ]
     return {
         "channels": space.width,

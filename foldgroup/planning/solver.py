@@ -23,8 +23,9 @@ what every link costs with all its groups and no shuffle anywhere a lower one.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
 from math import inf
 
 import networkx as nx
@@ -80,8 +81,8 @@ def solve(problem: Problem, max_flags: int = MAX_FLAGS, max_work: int = MAX_WORK
     graph.add_edges_from((mount.a, mount.b) for mount in problem.mounts)
     flags: list[Flag] = [()] * problem.sites
     cost = bound = 0.0
-    for component in nx.connected_components(graph):
-        part = _part(problem, component)
+    components = list(nx.connected_components(graph))
+    for component, part in zip(components, _parts(problem, components), strict=True):
         solution = _solve_component(part, sorted(component), max_flags, max_work)
         for site in component:
             flags[site] = solution.flags[site]
@@ -90,17 +91,28 @@ def solve(problem: Problem, max_flags: int = MAX_FLAGS, max_work: int = MAX_WORK
     return Solution(tuple(flags), cost, bound)
 
 
-def _part(problem: Problem, component: Iterable[int]) -> Problem:
-    inside = set(component)
-    return replace(
-        problem,
-        ties=tuple(tie for tie in problem.ties if tie.a in inside),
-        links=tuple(link for link in problem.links if link.a in inside),
-        mounts=tuple(mount for mount in problem.mounts if mount.a in inside),
-        pins={site: flag for site, flag in problem.pins.items() if site in inside},
-        wanted={site: digits for site, digits in problem.wanted.items() if site in inside},
-        lacks={site: digits for site, digits in problem.lacks.items() if site in inside},
-    )
+def _parts(problem: Problem, components: Sequence[Collection[int]]) -> Iterator[Problem]:
+    """The problem of each component."""
+    part_of = {site: number for number, component in enumerate(components) for site in component}
+    ties: dict[int, list[Tie]] = defaultdict(list)
+    links: dict[int, list[Link]] = defaultdict(list)
+    mounts: dict[int, list[Mount]] = defaultdict(list)
+    for tie in problem.ties:
+        ties[part_of[tie.a]].append(tie)
+    for link in problem.links:
+        links[part_of[link.a]].append(link)
+    for mount in problem.mounts:
+        mounts[part_of[mount.a]].append(mount)
+    for number, component in enumerate(components):
+        yield replace(
+            problem,
+            ties=tuple(ties[number]),
+            links=tuple(links[number]),
+            mounts=tuple(mounts[number]),
+            pins={site: problem.pins[site] for site in component if site in problem.pins},
+            wanted={site: problem.wanted[site] for site in component if site in problem.wanted},
+            lacks={site: problem.lacks[site] for site in component if site in problem.lacks},
+        )
 
 
 def _solve_component(problem: Problem, sites: list[int], max_flags: int, max_work: int) -> Solution:
@@ -168,14 +180,17 @@ def _tables(problem: Problem, sites: list[int]) -> tuple[int, int, list[int]]:
     for site in (*problem.pins, *problem.lacks, *problem.wanted):
         free[root_of[site]] = False
     tables, products, fixed = 0, 0, []
+    least = _Least(near)
     while near:
-        site = min(near, key=lambda s: (len(near[s]), s))
+        site = least.site()
         if len(near[site]) > 2:
             site = max(near, key=lambda s: (len(near[s]), -s))
             fixed.append(site)
-            for other in near.pop(site):
+            others = near.pop(site)
+            for other in others:
                 del near[other][site]
                 free[other] = False
+            least.changed(others)
             continue
         others = near.pop(site)
         for other in others:
@@ -187,7 +202,30 @@ def _tables(problem: Problem, sites: list[int]) -> tuple[int, int, list[int]]:
             products += min(others.values()) == _TABULATED
             a, b = others
             join(a, b, _TIE if light else _TABULATED)
+        least.changed(others)
     return tables, products, fixed
+
+
+class _Least:
+    """The site with the fewest neighbours, the lowest of several: kept in a heap, as there may be thousands."""
+
+    def __init__(self, near: Mapping[int, Sized]) -> None:
+        self.near = near
+        self.heap = [(len(others), site) for site, others in near.items()]
+        heapify(self.heap)
+
+    def changed(self, sites: Iterable[int]) -> None:
+        """Take note that ``sites`` have other neighbours now; what was known of them is passed over later."""
+        for site in sites:
+            heappush(self.heap, (len(self.near[site]), site))
+
+    def site(self) -> int:
+        """The site; there must be one."""
+        while True:
+            count, site = self.heap[0]
+            if site in self.near and len(self.near[site]) == count:
+                return site
+            heappop(self.heap)
 
 
 class _Elimination:
@@ -287,8 +325,9 @@ class _Elimination:
         order: list[tuple[int, list[tuple[int, list[Function]]], Array]] = []
         chosen: dict[int, int] = {}
         cost = 0.0
+        least = _Least(near)
         while unary:
-            site = min(near, key=lambda s: (len(near[s]), s))
+            site = least.site()
             if len(near[site]) > 2:
                 chosen, rest = self._fix(max(near, key=lambda s: (len(near[s]), -s)), unary, pairs)
                 cost += rest
@@ -300,6 +339,7 @@ class _Elimination:
             for other in others:
                 near[other].remove(site)
                 near[other].update(o for o in others if o != other)
+            least.changed(others)
         for site, functions, total in reversed(order):
             chosen[site] = int(sum((f.row(chosen[o]) for o, between in functions for f in between), total).argmin())
         return chosen, cost

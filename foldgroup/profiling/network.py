@@ -268,10 +268,11 @@ def _types_of(proto: ModelProto, input_shape: Sequence[int]) -> dict[str, tuple[
     small.graph.name = proto.graph.name
     for part in ("node", "input", "sparse_initializer", "value_info"):
         getattr(small.graph, part).extend(getattr(proto.graph, part))
+    ports = {port.name for port in small.graph.input}
     for tensor in proto.graph.initializer:  # the weights' values matter to no shape, and there may be gigabytes
         if prod(tensor.dims) <= 64:
             small.graph.initializer.append(tensor)
-        elif all(port.name != tensor.name for port in small.graph.input):
+        elif tensor.name not in ports:
             small.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     small.graph.output.extend(onnx.ValueInfoProto(name=port.name) for port in proto.graph.output)
     for port in _ports(proto):
