@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torchvision.models import get_model_builder, list_models
 
 from foldgroup.errors import CheckpointError, ModelError
@@ -96,7 +97,7 @@ def build_and_check(config: BottleneckConfig, state: Mapping[str, Tensor], descr
         CheckpointError: naming the first missing keys, extra keys or shapes that do not fit.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             model = GroupableResNet(config)
     except ModelError as error:
         raise CheckpointError(f"{error}: {_FAMILY}") from error
@@ -128,9 +129,21 @@ def key_problems(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Te
     return problems
 
 
+class _Unfilled(TorchFunctionMode):
+    """Leaves tensors of the meta device as they are: drawing values for them takes longest, and there are none."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func in _FILLING else func(*args, **(kwargs or {}))
+
+
+_FILLING = {Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_}
+
+
 @cache
 def _default_config(arch: str) -> BottleneckConfig:
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = get_model_builder(arch)()
     assert isinstance(model, GroupableResNet)
     return model.config

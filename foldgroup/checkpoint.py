@@ -216,7 +216,7 @@ def _load(path: Path, arch: str | None, gate_order: GateOrder, zero_gates: ZeroG
         if key.endswith(_COUNTER):
             state.setdefault(key, torch.tensor(0))
     dtype, dtype_notes = _common_dtype(state)
-    model.load_state_dict(_plain(state, dtype), assign=True)
+    _assign(model, _plain(state, dtype))
 
     notes = [*translation.notes, *dtype_notes]
     if ignored:
@@ -291,6 +291,19 @@ def _common_dtype(state: Mapping[str, Tensor]) -> tuple[torch.dtype, list[str]]:
     narrower = sorted(str(dtype).removeprefix("torch.") for dtype in stored - {widest})
     name = str(widest).removeprefix("torch.")
     return widest, [f"{' and '.join(narrower)} tensors read as {name}, which is exact"] if narrower else []
+
+
+def _assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put ``tensors``, which have the model's keys and shapes, into a model of the meta device.
+
+    ``load_state_dict(assign=True)`` looks through all keys of a module for each of its children.
+    """
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(tensors[prefix + name], parameter.requires_grad))
+        for name, _ in module.named_buffers(recurse=False):
+            module.register_buffer(name, tensors[prefix + name])
 
 
 def _plain(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
