@@ -2,6 +2,7 @@
 
     python -m bench.compare                     # every setting below; resumable
     python -m bench.compare --settings latency  # one of them
+    python -m bench.compare --name compare_avx2 # on one more processor: no result mixes two
 
 *Networks*: G-ResNeXt-50 and -101 at the paper's budgets b (random weights and gates, :mod:`bench.synthetic`) and the
 trained example. *Forms*: as trained, a dense kernel under a mask (training); grouped convolutions between shuffles
@@ -309,7 +310,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="images that int8 is calibrated on; else it is left out")
     parser.add_argument("--seconds", type=float, help="for each setting, in place of its own")
     parser.add_argument("--work", type=Path, default=Path("bench_work"), help="folder of the networks' files")
-    parser.add_argument("--name", default="compare")
+    parser.add_argument("--name", default="compare", help="of the result; compare_… for one more processor")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     run(arguments.settings, arguments.match, Files(arguments.work, arguments.images), arguments.seconds, arguments.name)
@@ -318,7 +319,11 @@ def main() -> None:
 def run(kinds: list[str] | None, match: str, files: Files, seconds: float | None, name: str = "compare") -> None:
     """Measure settings of these kinds that are not in the result yet, saving after each."""
     path = RESULTS / f"{name}.json"
-    document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"settings": {}}
+    here = machine()
+    document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"settings": {}, "machine": here}
+    there = document["machine"]
+    if any(there[key] != here[key] for key in ("processor", "isa")):
+        raise SystemExit(f"{path.name} is of another processor, {there['processor']}: give --name")
     every = settings(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     for setting in (s for kind in kinds or every for s in every[kind] if match in s.name):
         if setting.name in document["settings"]:

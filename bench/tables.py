@@ -1,4 +1,4 @@
-"""The comparison as Markdown, from the committed result.
+"""The comparison as Markdown, from the committed result of each processor.
 
 python -m bench.tables
 """
@@ -94,11 +94,13 @@ def _scaled(value: float | None, scale: float, unit: str, digits: int = 1) -> st
 
 
 def main() -> None:
-    """Write the tables beside the result."""
-    document = json.loads((RESULTS / "compare.json").read_text(encoding="utf-8"))
-    profiles = map(json.loads, (RESULTS / "compare_layers.jsonl").read_text(encoding="utf-8").splitlines())
-    lines = where_it_goes(profiles, LAYERS)
-    (RESULTS / "compare.md").write_text(markdown(document) + "\n".join(lines) + "\n", encoding="utf-8")
+    """Write the tables beside the result of each processor."""
+    for path in sorted(RESULTS.glob("compare*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        layers = path.with_name(f"{path.stem}_layers.jsonl")
+        profiles = map(json.loads, layers.read_text(encoding="utf-8").splitlines() if layers.is_file() else ())
+        lines = where_it_goes(profiles, LAYERS)
+        path.with_suffix(".md").write_text(markdown(document) + "\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ SMALLEST = SCALES["smallest"]
 def test_every_network_is_trained_once_and_after_what_it_needs(scale) -> None:
     told = [(point.key, seed) for point, seed in runs(scale)]
     assert len(told) == len(set(told))
-    wanted = {(r.point.key, seed) for study in studies(scale) for r in study.rows for seed in range(study.seeds)}
+    wanted = {(r.point.key, seed) for study in studies(scale) for r in study.rows for seed in range(scale.seeds)}
     assert wanted <= set(told)
     for point, seed in runs(scale):
         if point.source is not None:

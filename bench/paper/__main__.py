@@ -41,7 +41,7 @@ def _work(work: Path | None, scale: str) -> Path:
 @images_option
 @work_option
 @click.option("--jobs", default=os.cpu_count(), show_default="as many as cores", help="Networks to train at a time.")
-@click.option("--seeds", type=int, help="So many seeds at most.  [default: as many as each study has]")
+@click.option("--seeds", type=int, help="Of each network.  [default: as many as the scale has]")
 def train(
     studies: tuple[str, ...], scale_name: str, images: Path, work: Path | None, jobs: int, seeds: int | None
 ) -> None:

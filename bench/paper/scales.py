@@ -32,9 +32,6 @@ class Scale:
     cardinality: int
     """Groups of ResNeXt."""
     seeds: int
-    table6_seeds: int
-    table4_seeds: int
-    """Of Table 4, whose networks cost the most."""
     settings: dict[str, Any]
     """For :class:`TrainConfig`."""
 
@@ -76,8 +73,6 @@ SCALES = {
         width=32,
         cardinality=8,
         seeds=3,
-        table6_seeds=2,
-        table4_seeds=1,
         settings={
             **_COMMON,
             "epochs": 4,
@@ -98,8 +93,6 @@ SCALES = {
         width=128,
         cardinality=32,
         seeds=3,
-        table6_seeds=3,
-        table4_seeds=3,
         settings={
             **_COMMON,
             "epochs": 60,
@@ -120,8 +113,6 @@ SCALES = {
         width=8,
         cardinality=2,
         seeds=2,
-        table6_seeds=1,
-        table4_seeds=1,
         settings={**_COMMON, "epochs": 1, "batch_size": 8, "classes": None, "workers": 0, "log_every": 1},
     ),
 }
