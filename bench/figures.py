@@ -28,13 +28,7 @@ def figures() -> str:
     """The Markdown between the markers."""
     compare, compiles = _read(RESULTS / "compare.json"), _read(RESULTS / "compile_time.json")
     lines = [_where(compare["machine"]), "", *_comparison(compare["settings"]), ""]
-    for run in compiles["runs"]:
-        lines.append(
-            f"- Compiling {run['arch']} {'with an engine for three GPUs' if run['engines'] else 'to ONNX'} took "
-            f"{run['wall_seconds']:.0f} s and "
-            f"{run['peak_rss_bytes'] / 1e9:.1f} GB on {_cpu(compiles['machine'])}: {run['shuffles_inserted']} shuffles "
-            f"inserted, {run['shuffles_kept']} kept, float64 error {run['float64_max_error']:.0e}. {_steps(run)}"
-        )
+    lines += [*_compiling(compiles), ""]
     grown = _read(RESULTS / "growth.json")
     for name, runs in grown["series"].items():
         steepest = {key: max(exponents(runs, key)) for key in ("wall_seconds", "peak_rss_bytes")}
@@ -66,12 +60,23 @@ def _studies(document: dict[str, Any]) -> str:
     )
 
 
-def _steps(run: dict[str, Any]) -> str:
-    """The steps of a compile that took longest, and what was outside of all: starting up."""
-    steps = sorted(run["step_seconds"].items(), key=lambda item: -item[1])
-    rest = run["wall_seconds"] - sum(seconds for _, seconds in steps)
-    longest = [*(f"{name} {seconds:.1f} s" for name, seconds in steps[:4]), f"imports and start {rest:.1f} s"]
-    return f"The longest steps: {', '.join(longest)}."
+def _compiling(document: dict[str, Any]) -> list[str]:
+    """What compiling takes, and its longest steps; starting up is what is outside of all."""
+    lines = [
+        f"From a checkpoint to a verified bundle, in a fresh process, on {_cpu(document['machine'])}:",
+        "",
+        "| network | to | seconds | memory | shuffles inserted, kept | float64 error | longest steps |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for run in document["runs"]:
+        steps = {**run["step_seconds"], "start": run["wall_seconds"] - sum(run["step_seconds"].values())}
+        longest = sorted(steps.items(), key=lambda item: -item[1])[:4]
+        row = [label(run["arch"]), "ONNX, engine for three GPUs" if run["engines"] else "ONNX"]
+        row += [f"{run['wall_seconds']:.1f}", f"{run['peak_rss_bytes'] / 1e9:.1f} GB"]
+        row += [f"{run['shuffles_inserted']}, {run['shuffles_kept']}", f"{run['float64_max_error']:.0e}"]
+        row += [", ".join(f"{name} {seconds:.1f} s" for name, seconds in longest)]
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
 
 
 def _comparison(settings: dict[str, Any]) -> list[str]:
