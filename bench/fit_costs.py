@@ -37,6 +37,8 @@ MARGINS = (1.01, 1.05, 1.1, 1.2)
 FAR = 20.0
 """Executions that take so many times as long as the winner are left out of the fit: nobody would run them."""
 AS_GOOD = 1.02
+NOTHING = 1e-9
+"""Shares of a time that are rounding errors of the fit."""
 
 Curves = Mapping[ConvShape, Mapping[Execution, float]]
 
@@ -65,7 +67,7 @@ def _non_negative(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
             x[j] = max(0.0, x[j] + (target[j] - gram[j] @ x) / max(gram[j, j], 1e-300))
         if np.abs(x - before).max() < 1e-10:
             break
-    return x / scale
+    return np.where(x < NOTHING, 0.0, x) / scale
 
 
 def decisions(curves: Curves, table: CostTable) -> Iterator[tuple[float, float, float]]:
@@ -129,7 +131,7 @@ class Measured:
     @property
     def lanes(self) -> int:
         """Float32 values of the processor's vectors."""
-        return models.LANES["avx512f"] if "avx512f" in self.setting.processor else models.SHORT
+        return models.lanes_of(self.setting.processor)
 
     @property
     def name(self) -> str:
@@ -173,7 +175,11 @@ def build() -> tuple[dict[str, list[dict[str, Any]]], str]:
 
 
 def _processor(measured: Measured) -> str:
-    return measured.setting.processor.partition(" (")[0].replace("(R)", "").strip()
+    """Its name, and what decides the model: vectors and matrix units."""
+    name, _, flags = measured.setting.processor.partition(" (")
+    units = {"avx512f": "AVX-512", models.MATRIX_UNITS: "AMX"}
+    told = [word for flag, word in units.items() if flag in flags] or ["AVX2"] * ("avx2" in flags)
+    return ", ".join([name.replace("(R)", "").strip(), *told])
 
 
 def _shown(quality: Mapping[str, float]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Packing curves: what a convolution with groups takes by how many it runs as, in each runtime of this machine.
 
     python -m bench.packing onnxruntime:fp32 openvino:bf16
+    python -m bench.packing onnxruntime:fp32 --name avx2    # on one more processor: a file of its own
 
 For every shape below, every execution from the finest groups to dense is raced (:mod:`foldgroup.tuning.race`), one
 thread, batch 1. The shipped cost models are fitted to these files by ``python -m bench.fit_costs``. An interrupted run
@@ -68,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("variants", nargs="*", default=VARIANTS)
     parser.add_argument("--seconds", type=float, default=120, help="for each variant")
+    parser.add_argument("--name", default="", help="put after the names of the results, for one more processor")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--work", type=Path, default=Path("packing_work"), help="folder of the databases")
     arguments = parser.parse_args()
@@ -75,7 +77,7 @@ def main() -> None:
         target, _, precision = name.partition(":")
         variant = Variant(find_target(target), precision or "fp32")
         document = measure(variant, arguments.seconds, arguments.work)
-        path = arguments.out / f"packing_{target}_{variant.precision}.json"
+        path = arguments.out / f"{'_'.join(filter(None, ('packing', target, variant.precision, arguments.name)))}.json"
         path.write_text(json.dumps(document, indent=None, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -13,16 +13,14 @@ ragged              all others, and ragged forms of narrow and depthwise, where 
 In each class the time is a sum of :func:`features` with coefficients that are not negative, fitted to the least squared
 relative error by ``python -m bench.fit_costs``, which also writes how often the model picks the measured winner
 (``bench/results/packing.md``). L follows the processor: 16 float32 values with AVX-512, 8 with AVX2 and NEON's pairs.
-The measurements are of L = 16; that other processors change class at their own L is how the runtimes are documented,
-not measured. Where several processors were measured, it is the model of the first that has units for products of
-matrices (AMX) if this one has, and has none if it has none. Targets without measurements keep the groups that were
-learned.
+Where several processors were measured, it is the model of the first that is most like this one: first in L, then in
+whether it has units for products of matrices (AMX). Targets without measurements keep the groups that were learned.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -110,14 +108,15 @@ def model_for(variant: Variant, lanes: int | None = None) -> CostModel | None:
     models = _models().get(str(variant), ())
     if not models:
         return None
-    found = next((model for model in models if lanes is None and _is_like_this(model)), models[0])
-    return CostModel(found["coefficients"], found["ns_per_byte"], found["margin"], lanes or vector_lanes())
-
-
-def _is_like_this(model: Mapping[str, Any]) -> bool:
-    """Whether both the processor of a model and this one have units for matrices, or neither."""
     isa = machine()["isa"]
-    return (MATRIX_UNITS in model["fitted_to"]["processor"]) == (isinstance(isa, list) and MATRIX_UNITS in isa)
+    wanted = lanes or vector_lanes(), lanes is None and isinstance(isa, list) and MATRIX_UNITS in isa
+
+    def unlike(model: Mapping[str, Any]) -> tuple[bool, bool]:
+        flags = model["fitted_to"]["processor"]
+        return lanes_of(flags) != wanted[0], (MATRIX_UNITS in flags) != wanted[1]
+
+    found = min(models, key=unlike)
+    return CostModel(found["coefficients"], found["ns_per_byte"], found["margin"], wanted[0])
 
 
 def predictor(variant: Variant) -> Predict:
@@ -130,7 +129,12 @@ def predictor(variant: Variant) -> Predict:
 def vector_lanes() -> int:
     """Float32 values of this processor's vectors."""
     isa = machine()["isa"]
-    return next((lanes for flag, lanes in LANES.items() if isinstance(isa, list) and flag in isa), SHORT)
+    return lanes_of(isa if isinstance(isa, list) else ())
+
+
+def lanes_of(flags: Container[str]) -> int:
+    """Float32 values of the vectors of a processor with these flags, in a list or in its description."""
+    return next((lanes for flag, lanes in LANES.items() if flag in flags), SHORT)
 
 
 @cache

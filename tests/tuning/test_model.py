@@ -174,6 +174,32 @@ class TestAsked:
         assert found is not None and found.margin == (1.5 if isa and MATRIX_UNITS in isa else 1.25)
         assert told is not None and told.margin == 1.25
 
+    @pytest.mark.parametrize(
+        ("isa", "lanes", "margin"),
+        [
+            (["avx2"], None, 1.5),
+            (["asimd"], None, 1.5),
+            (["avx512f"], None, 1.25),
+            (["avx512f", MATRIX_UNITS], None, 1.75),
+            (["avx512f", MATRIX_UNITS], 16, 1.25),
+            (["avx512f"], 8, 1.5),
+            (["avx2"], 16, 1.25),
+        ],
+    )
+    def test_the_model_is_of_the_processor_that_is_most_alike(
+        self, monkeypatch: pytest.MonkeyPatch, isa: list[str], lanes: int | None, margin: float
+    ) -> None:
+        processors = {"A (avx2, avx512f)": 1.25, "B (avx2)": 1.5, f"C (avx512f, {MATRIX_UNITS})": 1.75}
+        shipped = [
+            {**SHIPPED["onnxruntime fp32"][0], "margin": each, "fitted_to": {"processor": processor}}
+            for processor, each in processors.items()
+        ]
+        monkeypatch.setattr(model, "machine", lambda: {"isa": isa})
+        monkeypatch.setattr(model, "vector_lanes", model.vector_lanes.__wrapped__)
+        monkeypatch.setattr(model, "_models", lambda: {"onnxruntime fp32": shipped})
+        found = model_for(VARIANTS["onnxruntime fp32"], lanes)
+        assert found is not None and found.margin == margin
+
     def test_without_packing_costs_are_counted(self) -> None:
         assert Costs(VARIANTS["onnxruntime fp32"], TuningOptions(pack=False))([square(64, 8)]).source == "counted"
 
