@@ -328,7 +328,7 @@ def run(kinds: list[str] | None, match: str, files: Files, seconds: float | None
     for setting in (s for kind in kinds or every for s in every[kind] if match in s.name):
         if setting.name in document["settings"]:
             continue
-        able = tuple(s for s in setting.subjects if files.images is not None or not s.variant.endswith("int8"))
+        able = tuple(s for s in setting.subjects if _runs_here(s, files.images))
         used = replace(setting, subjects=able, seconds=seconds or setting.seconds)
         document["settings"][setting.name], profiles = measure(used, files)
         with (RESULTS / f"{name}_layers.jsonl").open("a", encoding="utf-8") as lines:
@@ -337,6 +337,15 @@ def run(kinds: list[str] | None, match: str, files: Files, seconds: float | None
                 lines.write(json.dumps({"setting": setting.name, "subject": subject, "layers": layers}) + "\n")
         document["machine"] = machine()
         path.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _runs_here(subject: Subject, images: Path | None) -> bool:
+    """Whether there are images for what is calibrated, and OpenVINO does not refuse bf16 on this processor."""
+    if subject.variant == "openvino:bf16":
+        import openvino
+
+        return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return images is not None or not subject.variant.endswith("int8")
 
 
 def ratio(document: Mapping[str, Any], setting: str, of: str, over: str) -> Mapping[str, float]:

@@ -28,6 +28,10 @@ def figures() -> str:
     """The Markdown between the markers."""
     compare, compiles = _read(RESULTS / "compare.json"), _read(RESULTS / "compile_time.json")
     lines = [_where(compare["machine"]), "", *_comparison(compare["settings"]), ""]
+    for path in sorted(RESULTS.glob("compare_*.json")):
+        elsewhere = _read(path)
+        lines += [f"On {_cpu(elsewhere['machine'])} ([more]({path.relative_to(ROOT).with_suffix('.md')})):", ""]
+        lines += [*_latency(elsewhere["settings"]), "", *_throughput(elsewhere["settings"]), ""]
     lines += [*_compiling(compiles), ""]
     grown = _read(RESULTS / "growth.json")
     for name, runs in grown["series"].items():
@@ -81,9 +85,23 @@ def _compiling(document: dict[str, Any]) -> list[str]:
 
 def _comparison(settings: dict[str, Any]) -> list[str]:
     """The tuned network against every other form and the baselines, a row for each network; then the spread."""
+    lines = ["Times as fast as … the tuned network is (95 % interval), ONNX Runtime fp32, one thread, batch 1:", ""]
+    lines += _latency(settings)
+    lines += ["", f"Over {_seeds(settings, 'g_resnext50@32')[0]} seeds of gates, median and range:", ""]
+    for b in (32, 128):
+        _, found = _seeds(settings, f"g_resnext50@{b}")
+        spread = (
+            f"{statistics.median(values):.3f} ({min(values):.3f}–{max(values):.3f}) {other}"
+            for other, values in found.items()
+        )
+        lines.append(f"- b = {b}: {', '.join(spread)}.")
+    lines += ["", "Gates are random, with fewer groups in low layers and as many ones in all masks as b uniform groups"]
+    return [*lines, "leave; a ratio below 1 means that the tuned network is slower."]
+
+
+def _latency(settings: dict[str, Any]) -> list[str]:
+    """A row for each network that was timed with its limit."""
     lines = [
-        "Times as fast as … the tuned network is (95 % interval), ONNX Runtime fp32, one thread, batch 1:",
-        "",
         f"| tuned network | ms | of its limit | {' | '.join(OTHERS)} |",
         f"| --- | --- | --- | {' | '.join('---' for _ in OTHERS)} |",
     ]
@@ -95,16 +113,23 @@ def _comparison(settings: dict[str, Any]) -> list[str]:
             row = [label(network), f"{tuned['median_ms']:.1f}", f"{tuned['fraction']:.0%}"]
             row += [_ratio(found.get(other)) for other in OTHERS]
             lines.append(f"| {' | '.join(row)} |")
-    lines += ["", f"Over {_seeds(settings, 'g_resnext50@32')[0]} seeds of gates, median and range:", ""]
-    for b in (32, 128):
-        _, found = _seeds(settings, f"g_resnext50@{b}")
-        spread = (
-            f"{statistics.median(values):.3f} ({min(values):.3f}–{max(values):.3f}) {other}"
-            for other, values in found.items()
-        )
-        lines.append(f"- b = {b}: {', '.join(spread)}.")
-    lines += ["", "Gates are random, with fewer groups in low layers and as many ones in all masks as b uniform groups"]
-    return [*lines, "leave; a ratio below 1 means that the tuned network is slower."]
+    return lines
+
+
+def _throughput(settings: dict[str, Any]) -> list[str]:
+    """A line for each setting of several images or threads: how fast the tuned network is, and than what."""
+    lines = []
+    for setting in settings.values():
+        if setting["batch"] > 1 and setting["speed_ups"]:
+            tuned = setting["speed_ups"][0]["of"]
+            found = {_other(entry["over"]): entry for entry in setting["speed_ups"]}
+            than = [f"{found[other]['value']:.2f} times {other}" for other in OTHERS if other in found]
+            lines.append(
+                f"- {label(tuned)}, batch {setting['batch']}, {setting['threads']} thread"
+                f"{'s' * (setting['threads'] > 1)}: {setting['subjects'][tuned]['images_per_second']:.1f} images/s, "
+                f"{', '.join(than)}."
+            )
+    return lines
 
 
 def _seeds(settings: dict[str, Any], network: str) -> tuple[int, dict[str, list[float]]]:
