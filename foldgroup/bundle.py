@@ -67,22 +67,22 @@ class Bundle:
     @cached_property
     def passes(self) -> dict[str, Any]:
         """``passes.json``: how the checkpoint was read, and what each pass did."""
-        return _read_json(self.path / PASSES)
+        return _read_json(self.path / PASSES, "options", "passes")
 
     @cached_property
     def preprocessing(self) -> dict[str, Any]:
         """``preprocessing.json``."""
-        return _read_json(self.path / PREPROCESSING)
+        return _read_json(self.path / PREPROCESSING, "classes")
 
     @cached_property
     def engines(self) -> dict[str, Any]:
         """``engines.json``."""
-        return _read_json(self.path / ENGINES)
+        return _read_json(self.path / ENGINES, "engines")
 
     @cached_property
     def verification(self) -> dict[str, Any]:
         """``verification.json``."""
-        return _read_json(self.path / VERIFICATION)
+        return _read_json(self.path / VERIFICATION, "golden")
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -259,12 +259,17 @@ def check_target(path: Path, *, force: bool, option: str = "-o") -> None:
     Raises:
         BundleError: if something is there that is no bundle, a bundle without ``force``, or no folder to write in.
     """
-    if not path.parent.is_dir():
-        raise BundleError(f"{path.parent}: there is no such folder; create it or choose another with {option}")
-    if not os.access(path.parent, os.W_OK):
-        raise BundleError(f"{path.parent}: not writable; choose another place with {option}")
-    if not path.exists() and not path.is_symlink():
-        return
+    try:
+        if not path.parent.is_dir():
+            raise BundleError(f"{path.parent}: there is no such folder; create it or choose another with {option}")
+        if not os.access(path.parent, os.W_OK):
+            raise BundleError(f"{path.parent}: not writable; choose another place with {option}")
+        if not path.exists() and not path.is_symlink():
+            return
+    except OSError as error:  # too long a name
+        raise BundleError(
+            f"{path}: cannot be written ({error.strerror}); choose another place with {option}"
+        ) from error
     try:
         read_bundle(path)
     except BundleError as error:
@@ -318,7 +323,8 @@ def _take_name(staging: Path, path: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """The JSON object at ``path``, which has all of ``keys``."""
     try:
         document = json.loads(path.read_bytes())
     except OSError as error:
@@ -327,4 +333,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise BundleError(f"{path}: not JSON ({error}); compile again") from error
     if not isinstance(document, dict):
         raise BundleError(f"{path}: not a JSON object; compile again")
+    for key in keys:
+        if key not in document:
+            raise BundleError(f"{path}: names no {key}; compile again")
     return document

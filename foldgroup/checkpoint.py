@@ -27,6 +27,8 @@ from foldgroup.safe_load import check_tensors, load_file, shown
 
 FORMAT = 1
 """Version of foldgroup's own checkpoint layout."""
+LARGEST_IMAGE = 1 << 15
+"""Pixels of a side, at most, that a checkpoint may say its images have."""
 
 _COUNTER = ".num_batches_tracked"
 
@@ -82,11 +84,15 @@ def save_checkpoint(
 def write_whole(path: Path, document: object) -> None:
     """Save ``document`` to ``path``, which at any moment holds all of it or what it held before."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save(document, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(document, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(frozen=True)
@@ -335,7 +341,8 @@ def _own_record(document: object, num_classes: int | None = None) -> tuple[Prepr
         classes = tuple(document["classes"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError("its 'preprocessing' or 'classes' is damaged: copy or train it again") from error
-    if preprocessing.size < 1 or preprocessing.resize < preprocessing.size or not all(map(math.isfinite, mean)):
+    sizes = 1 <= preprocessing.size <= preprocessing.resize <= LARGEST_IMAGE
+    if not sizes or not all(map(math.isfinite, mean)):
         raise CheckpointError("its 'preprocessing' describes no image: copy or train it again")
     if not all(value > 0 and math.isfinite(value) for value in std):
         raise CheckpointError("its 'preprocessing' divides by a 'std' that is not positive: copy or train it again")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -21,6 +21,7 @@ import click
 from foldgroup.errors import EquivalenceError, FoldgroupError
 from foldgroup.options import (
     ExistingPath,
+    Number,
     engine_options,
     handover_options,
     input_options,
@@ -54,6 +55,11 @@ def _errors_are_messages(function: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             click.echo("Interrupted; nothing was written", err=True)
             sys.exit(130)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch has no class for it
+                raise
+            click.echo(f"Error: this machine has too little memory ({error}): use a smaller input or batch", err=True)
+            sys.exit(2)
 
     return wrapper
 
@@ -188,7 +194,7 @@ def verify(
 @click.option(
     "--streams", type=click.IntRange(1), default=1, show_default=True, help="Calls at a time, to measure throughput."
 )
-@click.option("--seconds", type=click.FloatRange(1), default=60, show_default=True, help="Time to spend, at most.")
+@click.option("--seconds", type=Number(1), default=60, show_default=True, help="Time to spend, at most.")
 @click.option("--json", "json_file", type=ExistingPath, help="Also write the results here; - for standard output only.")
 @click.option("--baseline", type=ExistingPath, help="An earlier --json file to compare with, measured the same way.")
 @_errors_are_messages
@@ -345,14 +351,26 @@ def train(
 
     where = {name: settings.pop(name) for name in ("validation", "resume", "log", "tensorboard")}
     where["finetune"] = finetune
-    config = settings_of(recipe, finetune=finetune, **settings)
+    try:
+        config = settings_of(recipe, finetune=finetune, output=output, **settings)
+    except FoldgroupError as error:
+        from foldgroup.training.distributed import is_leader
+
+        if is_leader():  # of the processes that torchrun started, one speaks for all
+            raise
+        sys.exit(error.exit_status)
     from foldgroup.report.training import TrainingDisplay, outcome
     from foldgroup.training.deployment import Deployment
     from foldgroup.training.distributed import is_leader
     from foldgroup.training.loop import train as run
+    from foldgroup.training.places import check_replaced
 
     deployment = Deployment(bundle, force)
-    before = partial(deployment.check, config, output, where["log"])
+
+    def before() -> None:
+        deployment.check(config, output, where["log"])
+        check_replaced(output, resume=where["resume"], force=force)
+
     try:
         with TrainingDisplay(config.epochs, shown=is_leader()) as display:
             best = run(folder, output, config, **where, before=before, on_step=display.step, on_epoch=display.epoch)

@@ -388,7 +388,8 @@ def _judge(source: Path, tier: TierResult, errors: Mapping[str, float]) -> None:
     """
     if not tier:
         first = first_layer_over(errors, tier.limits.max_error)
-        where = f"; the first layer over is {first}: keep it in float with --keep-float {first}" if first else ""
+        where = f"; the first layer over is {first}" if first else ""
+        where += f": keep it in float with --keep-float {first}" if first and tier.precision != "fp32" else ""
         raise EquivalenceError(f"{source}: {tier.name}: {'; '.join(tier.violations)}{where}")
 
 

@@ -43,7 +43,7 @@ from foldgroup.folding import fold, shape_like
 from foldgroup.forms import CONVS, ChannelSelect, ChannelShuffle, conv_like
 from foldgroup.nn.dgconv import DGConv
 from foldgroup.outputs import outputs_of
-from foldgroup.own_model import ModelSource
+from foldgroup.own_model import ModelSource, with_versions
 from foldgroup.trace import check_trains_alike, shape_of
 
 _COUNTER = "num_batches_tracked"
@@ -65,7 +65,8 @@ def folded_for_training(
 ) -> FineTunable:
     """The checkpoint or module ``source``, folded and ready to train with its groups as they are.
 
-    The arguments are those of :func:`foldgroup.compile`. Nothing that is done to the result touches ``source``::
+    The arguments are those of :func:`foldgroup.compile`. Nothing that is done to the result touches ``source``; a
+    module is left in evaluation mode::
 
         tunable = foldgroup.folded_for_training("checkpoint.pt")
         ...  # train tunable.module: its parameters, in grouped convolutions, with batch norm
@@ -165,7 +166,7 @@ class FineTunable:
     def training_form(self) -> nn.Module:
         """The network that was trained, in training form and evaluation mode: a new one."""
         model = copy.deepcopy(self.checkpoint.model)
-        model.load_state_dict(self.state_dict())
+        model.load_state_dict(with_versions(self.state_dict(), model))
         return model.eval()
 
     def save(self, path: str | os.PathLike[str], *, training: dict[str, Any] | None = None) -> None:

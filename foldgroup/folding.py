@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +21,7 @@ from foldgroup.equivalence import (
     pass_check,
     seeded_inputs,
 )
-from foldgroup.errors import EquivalenceError, TraceError
+from foldgroup.errors import EquivalenceError, PassError, TraceError
 from foldgroup.outputs import check_outputs
 from foldgroup.own_model import ModelSource
 from foldgroup.pipeline import PassRecord, Pipeline, PipelineResult, dump, first_difference
@@ -65,14 +66,16 @@ def fold(
     def on_pass(record: PassRecord, graph: fx.GraphModule) -> None:
         on_step(record.name)
         if dump_passes is not None:
-            number = len(list(dump_passes.iterdir()))
-            (dump_passes / f"{number:02d}_{record.name}.txt").write_text(dump(graph), encoding="utf-8")
+            with _dumping(dump_passes):
+                number = len(list(dump_passes.iterdir()))
+                (dump_passes / f"{number:02d}_{record.name}.txt").write_text(dump(graph), encoding="utf-8")
 
     if dump_passes is not None:
-        dump_passes.mkdir(parents=True, exist_ok=True)
-        for old in dump_passes.glob("[0-9][0-9]_*.txt"):
-            old.unlink()
-        (dump_passes / "00_trace.txt").write_text(dump(training), encoding="utf-8")
+        with _dumping(dump_passes):
+            dump_passes.mkdir(parents=True, exist_ok=True)
+            for old in dump_passes.glob("[0-9][0-9]_*.txt"):
+                old.unlink()
+            (dump_passes / "00_trace.txt").write_text(dump(training), encoding="utf-8")
     check = pass_check(training, seeded_inputs(shape)) if check_passes else None
     result = (pipeline or _default_pipeline(cost)).run(training, check=check, on_pass=on_pass)
     certificate = certify(training, result.graph)
@@ -83,6 +86,14 @@ def fold(
             f"{_how_to_bisect(checkpoint)} to find the pass"
         )
     return Folded(training, result.graph, result, certificate, shape)
+
+
+@contextmanager
+def _dumping(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PassError(f"{folder}: cannot be written ({error.strerror}); give another to --dump-passes") from error
 
 
 def check_float64(source: Path, folded: Folded, inputs: Tensor, reference: Sequence[Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -50,6 +51,17 @@ class SecondsType(click.ParamType):  # type: ignore[type-arg]  # generic in newe
         if not 0 < seconds < float("inf"):
             self.fail(f"{value!r} is no time, such as 90s or 5m", param, ctx)
         return seconds
+
+
+class Number(click.FloatRange):
+    """A number in a range, which "nan" and "inf" are not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A finite float."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
 
 
 class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
@@ -259,11 +271,14 @@ training_options = _group(
         type=click.Choice(list(RECIPES)),
         help="Take settings that are not given from a recipe: iccv2019-imagenet is the paper's, as far as it says.",
     ),
-    click.option("--arch", help="Network to train, such as g_resnext50 or g_resnext17_cifar; needed without a recipe."),
+    click.option(
+        "--arch",
+        help="Network to train, such as g_resnext50 or g_resnext17_cifar; needed without a recipe or --finetune.",
+    ),
     click.option(
         "--complexity",
-        type=click.FloatRange(1),
-        help="b: the budget is as many ones as b uniform groups leave; needed without a recipe.",
+        type=Number(1),
+        help="b: the budget is as many ones as b uniform groups leave; needed where groups learn without a recipe.",
     ),
     click.option("--groups", type=click.IntRange(1), help="Learn no groups: so many in every layer, as ResNeXt has."),
     click.option(
@@ -284,7 +299,7 @@ training_options = _group(
         type=ExistingPath,
         help="When training has ended, compile the checkpoint into this bundle and verify it.",
     ),
-    click.option("--force", is_flag=True, help="Replace an existing bundle."),
+    click.option("--force", is_flag=True, help="Replace an existing checkpoint and bundle."),
     _setting("--epochs", type=click.IntRange(1)),
     _setting("--batch-size", "Images in one update, over all processes.", type=click.IntRange(1)),
     _setting(
@@ -292,14 +307,14 @@ training_options = _group(
         "Micro-batches that an update is summed over, to fit in memory; batch norm sees one at a time.",
         type=click.IntRange(1),
     ),
-    _setting("--learning-rate", type=click.FloatRange(0, min_open=True)),
-    _setting("--momentum", type=click.FloatRange(0, 1, max_open=True)),
-    _setting("--weight-decay", "Not applied to gates.", type=click.FloatRange(0)),
-    _setting("--gate-weight-decay", "Weight decay of the gates.", type=click.FloatRange(0)),
+    _setting("--learning-rate", type=Number(0, min_open=True)),
+    _setting("--momentum", type=Number(0, 1, max_open=True)),
+    _setting("--weight-decay", "Not applied to gates.", type=Number(0)),
+    _setting("--gate-weight-decay", "Weight decay of the gates.", type=Number(0)),
     _setting(
         "--freeze-gates",
         "Share of the epochs after which gates stop moving once the budget is met; 1: never, as in the paper.",
-        type=click.FloatRange(0, 1),
+        type=Number(0, 1),
     ),
     _setting(
         "--precision",
@@ -307,7 +322,11 @@ training_options = _group(
         type=click.Choice(get_args(Precision)),
     ),
     _setting("--compile/--no-compile", "Use torch.compile."),
-    _setting("--input-size", "Height and width of the input.", type=click.IntRange(8)),
+    _setting(
+        "--input-size",
+        "Height and width of the input; that of --finetune's checkpoint, if given.",
+        type=click.IntRange(8),
+    ),
     click.option(
         "--validation",
         type=ExistingPath,
@@ -316,7 +335,7 @@ training_options = _group(
     _setting(
         "--holdout",
         "Share of the images held out to choose the epoch to keep, without --validation.",
-        type=click.FloatRange(0, 0.9, min_open=True),
+        type=Number(0, 0.9, min_open=True),
     ),
     click.option("--classes", type=click.IntRange(1), help="Stop if there are more or fewer.  [default: as found]"),
     _setting(
@@ -324,7 +343,7 @@ training_options = _group(
         "What is read of every image before training starts.",
         type=click.Choice(get_args(ImageCheck)),
     ),
-    _setting("--seed", type=int),
+    _setting("--seed", type=click.IntRange(0, 2**63 - 1)),
     _setting("--workers", "Processes that load images, for each that trains.", type=click.IntRange(0)),
     _setting("--device", "auto, cpu or cuda; auto takes a GPU if there is one."),
     _setting("--save-every", "Steps after which <OUTPUT>.state is written within an epoch.", type=click.IntRange(1)),

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import operator
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -126,7 +127,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype,
         CheckpointError: if the network does not hold what was put in.
     """
     try:
-        model.to(dtype).load_state_dict(state)
+        model.to(dtype).load_state_dict(with_versions(state, model))
     except Exception as error:  # a network may load as it likes
         raise CheckpointError(f"the network that --model {spec} returns refuses the weights: {error}") from error
     for key, tensor in model.state_dict().items():
@@ -135,6 +136,13 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype,
                 f"key {shown([key])} is not what the network that --model {spec} returns holds after loading: does it "
                 "share this tensor with another key? Save the state dict of this network"
             )
+
+
+def with_versions(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
+    """``state`` with the versions that the modules of ``model`` have, which some ask for when they are loaded."""
+    versioned = OrderedDict(state)
+    versioned._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]  # torch's own way
+    return versioned
 
 
 def sha256_of(model: nn.Module) -> str:

@@ -67,7 +67,10 @@ def tier_of(name: str, precision: str, outputs: Sequence[Array], reference: Sequ
     try:
         return TierResult(name, ErrorStatistics.of_all(outputs, reference), LIMITS[precision], precision)
     except EquivalenceError as error:
-        raise EquivalenceError(f"{name}: {error}; keep layers in float with --keep-float, or use bf16") from error
+        advice = "keep layers in float with --keep-float, or use bf16"
+        if precision == "fp32":
+            advice = "its values are too large for float32, as trained; rescale its weights"
+        raise EquivalenceError(f"{name}: {error}; {advice}") from error
 
 
 def run_tiers(contents: Mapping[Variant, bytes], golden: Golden) -> Tiers:

@@ -87,11 +87,18 @@ def check_trains_alike(model: nn.Module) -> None:
     """Refuse a network that computes by other operations in training mode, but for what torch's own modules do.
 
     A graph is that of evaluation mode. Batch norm and dropout are modules, which know in which mode they are; an ``if
-    self.training``, or dropout as a function, is not in the graph. ``model`` is left as it is.
+    self.training``, or dropout as a function, is not in the graph, nor is what the network's own ``train()`` does.
+    ``model`` is left as it is.
 
     Raises:
-        TraceError: naming the first operation that differs.
+        TraceError: naming the first operation that differs, or the first module that stays in evaluation mode.
     """
+    for name, module in copy.deepcopy(model).train().named_modules():
+        if not module.training and not any(module.children()):
+            raise TraceError(
+                f"{type(model).__name__} keeps {name} in evaluation mode when it trains, by its own train(): its graph "
+                "would train it. Train it as it is"
+            )
     told = []
     try:
         for mode in (False, True):

@@ -287,6 +287,18 @@ class Net(nn.Module):
     def forward(self, x):
         return self.fc(torch.relu(self.mixing(torch.relu(self.bn(self.stem(x))))).mean((2, 3)))
 
+class Versioned(nn.Linear):
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        assert metadata.get("version") == 2, "version should be 2"
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+class Dated(Net):
+    def __init__(self):
+        super().__init__()
+        self.fc = Versioned(8, 5)
+
 class Wave(nn.Module):
     def __init__(self):
         super().__init__()
@@ -429,6 +441,12 @@ def test_wrappers_prefixes_and_half_precision(own: Path) -> None:
     torch.save({key: t.double() if t.is_floating_point() else t for key, t in state.items()}, own / "double.pt")
     model = load_checkpoint(own / "double.pt", model="own_nets.mine:Net").model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+def test_a_layer_that_asks_for_its_version_is_told(own: Path) -> None:
+    torch.save(weights(own, "Dated"), "dated.pt")
+    result = run("compile", "dated.pt", "--model", "own_nets.mine:Dated", "--input-size", 16, "--no-engine")
+    assert result.exit_code == 0, result.output
 
 
 def test_keys_of_the_public_layout_are_translated(own: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from foldgroup import bundle as bundles
-from foldgroup.bundle import check_target, file_entry, read_bundle, to_json, write_bundle
+from foldgroup.bundle import Bundle, check_target, file_entry, read_bundle, to_json, write_bundle
 from foldgroup.errors import BundleError, EquivalenceError
 
 
@@ -115,6 +115,8 @@ def test_a_failure_at_any_moment_changes_nothing(
 def test_a_target_without_a_folder_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no such folder"):
         check_target(tmp_path / "missing" / "b", force=False)
+    with pytest.raises(BundleError, match=r"cannot be written .File name too long.; choose another place with -o"):
+        check_target(tmp_path / ("x" * 300), force=False)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +128,13 @@ def test_a_broken_manifest_is_one_clear_error(tmp_path: Path, text: str | None, 
         (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(BundleError, match=message):
         read_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["passes", "preprocessing", "engines", "verification"])
+def test_a_document_without_what_it_should_hold_is_one_clear_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / f"{name}.json").write_text("{}")
+    with pytest.raises(BundleError, match=rf"{name}\.json: names no \w+; compile again"):
+        getattr(Bundle(tmp_path, {}), name)
 
 
 def test_a_bundle_of_a_newer_schema_is_refused(tmp_path: Path) -> None:

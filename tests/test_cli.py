@@ -59,6 +59,31 @@ def test_compile_prints_a_summary_and_writes_the_bundle_where_it_says(
     assert run("compile", tiny_checkpoint, "--no-engine", "--force").exit_code == 0
 
 
+def test_dumps_that_cannot_be_written_are_one_message(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    bundle = tmp_path / "b.foldgroup"
+    result = run("compile", tiny_checkpoint, "-o", bundle, "--no-engine", "--dump-passes", tmp_path / "file")
+    assert result.exit_code == 2 and "file: cannot be written (File exists); give another to --dump" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("Unable to allocate 70 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 70 bytes")],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_one_message(
+    error: Exception, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("foldgroup.compiler.compile", fail)
+    result = run("compile", tiny_checkpoint, "-o", tmp_path / "b", "--no-engine")
+    assert result.exit_code == 2 and result.stderr.startswith("Error: this machine has too little memory (")
+    assert str(error) in result.stderr and not list(tmp_path.iterdir())
+
+
 def test_two_compiles_are_byte_identical(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     assert run("compile", tiny_checkpoint, "-o", tmp_path / "b", "--no-engine", "--no-packing").exit_code == 0
     for name in ("manifest.json", "model.onnx", "passes.json", "preprocessing.json"):

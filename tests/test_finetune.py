@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -260,6 +261,42 @@ def test_a_network_that_trains_otherwise_is_refused() -> None:
 
     with pytest.raises(TraceError, match=r"Drops computes dropout otherwise in training .*nn\.Dropout, not"):
         folded_for_training(Drops(), example_input=(1, 8, 5, 5))
+
+
+def test_a_network_that_keeps_a_norm_from_training_is_refused() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = learned(8, 8, (1, 1, 0)), nn.BatchNorm2d(8)
+
+        def train(self, mode: bool = True) -> Frozen:
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.layer(x))
+
+    with pytest.raises(TraceError, match="Frozen keeps norm in evaluation mode when it trains"):
+        folded_for_training(Frozen(), example_input=(1, 8, 5, 5))
+
+
+class Versioned(nn.Conv2d):
+    """A layer that asks for its version when it is loaded, as some of torchvision's networks do."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        if metadata.get("version") != self._version:
+            raise ValueError(f"version should be {self._version} instead of {metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_a_layer_that_asks_for_its_version_is_told() -> None:
+    model = filled(nn.Sequential(Versioned(3, 8, 3), learned(8, 8, (1, 1, 0)), conv(8, 4)))
+    tunable = folded_for_training(model, example_input=(1, 3, 8, 8))
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.allclose(tunable.training_form()(x), model.eval()(x))
 
 
 def test_dropout_as_a_module_is_kept() -> None:

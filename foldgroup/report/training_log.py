@@ -64,7 +64,8 @@ def _standing(log: TrainingLog) -> list[tuple[str, str]]:
             ("Speed", f"{last.images_per_second:.0f} images/s, {last.waiting:.0%} of the time waiting for images"),
         ]
     if log.kept_epoch is not None:
-        met = "within the budget" if log.budget_met else "ζ > o, the budget is not met"
+        standings = {True: "within the budget", False: "ζ > o, the budget is not met", None: "groups as given"}
+        met = standings[log.budget_met]
         rows.append(("Kept", f"epoch {log.kept_epoch}{'' if log.ended else ' so far'}: {met}"))
     rows.append(("Ended", "yes" if log.ended else "no: it goes on, or was interrupted; the log does not tell"))
     return rows

@@ -35,11 +35,9 @@ class Deployment:
             TrainingError: if the run itself writes there, or no checkpoint of such a network can be compiled.
         """
         if self.bundle is None:
-            if self.force:
-                raise TrainingError("--force replaces the bundle that --bundle names: give that, too, or neither")
             return
         from foldgroup.bundle import check_target
-        from foldgroup.training.state import state_path
+        from foldgroup.training.places import state_path
 
         place = self.bundle.resolve()
         own = [path.resolve() for path in (output, state_path(output), *([] if log is None else [log]))]

@@ -80,7 +80,7 @@ class TrainingLog:
     kept_epoch: int | None
     """Whose network the checkpoint holds, so far or in the end."""
     budget_met: bool | None
-    """Whether that network has ζ ≤ o."""
+    """Whether that network has ζ ≤ o; None where groups are given, as there is no budget then."""
 
     @property
     def place(self) -> tuple[int, int, int | None]:
@@ -204,7 +204,9 @@ class _Reading:
             self.epochs.append(EpochResult(**_values(entry, EpochResult)))
             self._count(self.epochs[-1].groups)
         elif event == "end":
-            self.end = {"kept_epoch": _typed(entry, "kept_epoch", int), "budget_met": _typed(entry, "budget_met", bool)}
+            met = entry["budget_met"]
+            met = met if met is None else _typed(entry, "budget_met", bool)
+            self.end = {"kept_epoch": _typed(entry, "kept_epoch", int), "budget_met": met}
 
     def _count(self, groups: tuple[int, ...]) -> None:
         if self.counts and len(self.counts[-1]) != len(groups):
@@ -220,6 +222,7 @@ class _Reading:
         kept, met = (None, None) if best is None else (best.epoch, best.zeta_over_budget <= 1)
         if self.end is not None:
             kept, met = self.end["kept_epoch"], self.end["budget_met"]
+        met = met if self.config.get("complexity") is not None else None
         columns = zip(*self.counts, strict=True)
         layers = tuple(
             LayerLog(name, counts=counts, **layer)

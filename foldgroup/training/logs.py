@@ -31,16 +31,17 @@ class Logs:
     def __init__(self, path: Path | None, board: Path | None, *, epoch: int = 0, step: int = 0, steps: int = 1) -> None:
         self.path = path
         self.steps = steps
+        self._budget = True
         self._board = _writer(board, epoch * steps + step) if board is not None else None
         if path is None:
             return
-        kept = _before(path, epoch, step) if epoch or step else ""
+        temporary = path.with_name(path.name + ".tmp")
         try:
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text(kept, encoding="utf-8")
+            temporary.write_text(_before(path, epoch, step) if epoch or step else "", encoding="utf-8")
             temporary.replace(path)
-        except OSError as error:
-            raise TrainingError(f"{path}: cannot be written ({error.strerror}); give another --json-log") from error
+        except (OSError, UnicodeError) as error:
+            temporary.unlink(missing_ok=True)
+            raise TrainingError(f"{path}: cannot be written ({error}); give another --json-log") from error
 
     @property
     def wanted(self) -> bool:
@@ -49,6 +50,7 @@ class Logs:
 
     def start(self, config: TrainConfig, place: tuple[int, int], processes: int) -> None:
         """Say with what settings the run starts, or goes on after ``place``, an epoch from 0 and a step."""
+        self._budget = config.complexity is not None
         self._line("start", epoch=place[0] + 1, step=place[1], processes=processes, config=asdict(config))
 
     def progress(self, progress: Progress, trainer: Trainer) -> None:
@@ -69,8 +71,9 @@ class Logs:
         self._scalars({f"epoch/{name}": getattr(result, name) for name in _EPOCH_SCALARS}, result.epoch * self.steps)
 
     def end(self, best: EpochResult) -> None:
-        """Say which epoch was kept, and whether it meets the budget."""
-        self._line("end", kept_epoch=best.epoch, budget_met=best.zeta_over_budget <= 1, **_without_epoch(best))
+        """Say which epoch was kept, and whether it meets the budget if there is one."""
+        met = best.zeta_over_budget <= 1 if self._budget else None
+        self._line("end", kept_epoch=best.epoch, budget_met=met, **_without_epoch(best))
 
     def close(self) -> None:
         """Write what is pending."""

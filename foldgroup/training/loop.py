@@ -29,8 +29,9 @@ from foldgroup.training.config import TrainConfig
 from foldgroup.training.data import Batch, Split, good, holdout_batches, load, training_batches
 from foldgroup.training.distributed import World, join
 from foldgroup.training.logs import Logs
+from foldgroup.training.places import check_places, check_sources, state_path
 from foldgroup.training.progress import EpochResult, Progress
-from foldgroup.training.state import Place, read_state, restore, save_state, state_path
+from foldgroup.training.state import Place, read_state, restore, save_state
 from foldgroup.training.step import Trainer
 
 if TYPE_CHECKING:
@@ -85,10 +86,11 @@ def _prepare(
     finetune: Path | None,
 ) -> _Run:
     """Everything that can fail before the first update, in every process or in none."""
-    state = world.agree(lambda: _check_start(output, config, world, resume))
+    state = world.agree(lambda: _check_start(output, config, world, resume, log, finetune))
     tunable = world.agree(lambda: _starting_point(finetune, config))
     split = world.agree(lambda: load(folder, validation, config, world))
-    if len(set(world.gather(split.digest() if world.size > 1 else ""))) > 1:
+    digest = split.digest()
+    if len(set(world.gather(digest))) > 1:
         raise TrainingError(f"{folder}: not all processes see the same images there; copy the folder anew")
     if tunable is not None:
         world.agree(partial(_check_classes, tunable, split, folder))
@@ -96,6 +98,8 @@ def _prepare(
     place = Place()
     state = world.share(state)
     if state is not None:
+        if state.get("images", digest) != digest:
+            raise TrainingError(f"{folder}: not the images that {state_path(output)} was started with; give those")
         place = world.agree(lambda: restore(state_path(output), state, trainer))
         if not world.leader:
             place.totals = Place().totals
@@ -103,10 +107,12 @@ def _prepare(
     steps = len(split.training) // config.batch_size
     mine = (log, tensorboard) if world.leader else (None, None)
     logs = world.agree(lambda: Logs(*mine, epoch=place.epoch, step=place.step, steps=steps))
-    return _Run(output, config, world, split, trainer, place, logs, steps)
+    return _Run(output, config, world, split, digest, trainer, place, logs, steps)
 
 
-def _check_start(output: Path, config: TrainConfig, world: World, resume: bool) -> dict[str, Any] | None:
+def _check_start(
+    output: Path, config: TrainConfig, world: World, resume: bool, log: Path | None, finetune: Path | None
+) -> dict[str, Any] | None:
     """What can be told at once; of a run that is resumed, its state."""
     if config.batch_size % (config.accumulate * world.size):
         raise TrainingError(
@@ -116,8 +122,8 @@ def _check_start(output: Path, config: TrainConfig, world: World, resume: bool) 
         )
     if not world.leader:
         return None
-    if not output.parent.is_dir():
-        raise TrainingError(f"{output.parent}: no such folder to write the checkpoint to; create it first")
+    check_places(output, log)
+    check_sources(output, finetune=finetune)
     return read_state(state_path(output), config) if resume else None
 
 
@@ -169,6 +175,8 @@ class _Run:
     config: TrainConfig
     world: World
     split: Split
+    images: str
+    """The digest of ``split``."""
     trainer: Trainer
     place: Place
     logs: Logs
@@ -182,6 +190,7 @@ class _Run:
         batches = good(iter(loader)) if place.epoch < config.epochs else iter(())
         while place.epoch < config.epochs:
             rate = self._epoch(batches, on_step)
+            self.world.agree(self._check_weights)
             result = self._result(rate)
             place.history.append(result)
             better = place.best is None or result.merit >= place.best.merit
@@ -190,7 +199,7 @@ class _Run:
             if self.world.leader:
                 if better:
                     self._save_best(result)
-                save_state(state_path(self.output), config, self.trainer, place)
+                self._save_state()
                 self.logs.epoch(result)
                 on_epoch(result)
         if place.best is None:
@@ -218,7 +227,7 @@ class _Run:
                 if saving or place.step == self.steps:
                     totals = self._fold(all_totals)
                 if saving and place.step < self.steps and self.world.leader:
-                    save_state(state_path(self.output), config, trainer, place)
+                    self._save_state()
         return rate
 
     def _reports(self) -> bool:
@@ -230,6 +239,13 @@ class _Run:
             epoch = self.place.epoch + 1
             raise TrainingError(f"the loss is {totals[0]} in epoch {epoch}: use a lower --learning-rate")
         return totals
+
+    def _check_weights(self) -> None:
+        """The last update was made after the last loss."""
+        for name, tensor in self.trainer.model.state_dict().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                epoch = self.place.epoch + 1
+                raise TrainingError(f"{name} is not finite after epoch {epoch}: use a lower --learning-rate")
 
     def _fold(self, totals: list[float]) -> torch.Tensor:
         """Let the leader hold what all have summed up, whether or not the run is resumed from here."""
@@ -271,6 +287,9 @@ class _Run:
             self.trainer.groups,
             rate,
         )
+
+    def _save_state(self) -> None:
+        save_state(state_path(self.output), self.config, self.trainer, self.place, self.images)
 
     def _save_best(self, result: EpochResult) -> None:
         record = {

@@ -34,13 +34,8 @@ class Place:
     best: EpochResult | None = None
 
 
-def state_path(output: Path) -> Path:
-    """Where the state of the run that writes ``output`` is."""
-    return output.with_name(output.name + ".state")
-
-
-def save_state(path: Path, config: TrainConfig, trainer: Trainer, place: Place) -> None:
-    """Write all that the next update depends on.
+def save_state(path: Path, config: TrainConfig, trainer: Trainer, place: Place, images: str) -> None:
+    """Write all that the next update depends on; ``images`` tells those that are trained on from others.
 
     Raises:
         TrainingError: if it cannot be written.
@@ -49,6 +44,7 @@ def save_state(path: Path, config: TrainConfig, trainer: Trainer, place: Place) 
         "format": FORMAT,
         "config": asdict(config),
         "place": asdict(place),
+        "images": images,
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),

@@ -63,7 +63,7 @@ def test_the_command_line_warns_of_a_budget_that_is_not_met(images: Path, tmp_pa
     options = ["--arch", "g_resnext17_cifar", "--epochs", 1, "--batch-size", 40, "--workers", 0, "--input-size", 16]
     over = run(images, "-o", tmp_path / "net.pt", *options, "--complexity", 10_000)
     assert over.exit_code == 0 and "Warning: ζ > o" in over.stderr and "Warning" not in over.stdout
-    within = run(images, "-o", tmp_path / "net.pt", *options, "--complexity", 1)
+    within = run(images, "-o", tmp_path / "net.pt", *options, "--complexity", 1, "--force")
     assert within.exit_code == 0 and "Warning" not in within.stderr
 
 

@@ -72,7 +72,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "the state": (["--bundle", "net.pt.state"], "the run writes there itself"),
     "the log": (["--bundle", "log", "--json-log", "log"], "the run writes there itself"),
     "the folder of the checkpoint": (["--bundle", ".", "--force"], "the run writes there itself"),
-    "nothing to replace": (["--force"], "--force replaces the bundle that --bundle names"),
 }
 
 

@@ -109,7 +109,8 @@ def test_given_groups_are_told(images: Path, tmp_path: Path) -> None:
     config = with_groups(replace(CONFIG, complexity=None, epochs=1, log_every=5), 8)
     train(images, tmp_path / "net.pt", config, log=tmp_path / "log")
     shown = inspect(tmp_path / "log").stdout
-    assert "groups given: 8 groups in every layer" in shown
+    assert "groups given: 8 groups in every layer" in shown and "epoch 1: groups as given" in shown
+    assert read_log(tmp_path / "log").budget_met is None
     assert all(layer.history == (8,) and layer.changes == 0 for layer in read_log(tmp_path / "log").layers)
 
 

@@ -121,7 +121,7 @@ def test_the_scale_of_float16_is_restored(tmp_path: Path) -> None:
     config = replace(CONFIG, precision="fp16")
     made, other = (Trainer(config, 3, ALONE) for _ in range(2))
     made.scaler.load_state_dict(made.scaler.state_dict() | {"scale": 64.0, "_growth_tracker": 7})
-    save_state(tmp_path / "state", config, made, Place(1, 2, [0.5, 3.0, 8.0]))
+    save_state(tmp_path / "state", config, made, Place(1, 2, [0.5, 3.0, 8.0]), "these images")
     place = restore(tmp_path / "state", read_state(tmp_path / "state", config), other)
     assert place == Place(1, 2, [0.5, 3.0, 8.0])
     assert other.scaler.state_dict() == made.scaler.state_dict()
@@ -140,7 +140,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError, match="No space"):
         write_whole(path, {"two": 2})
-    assert path.read_bytes() == before
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_is_told_with_the_file(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
