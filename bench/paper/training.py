@@ -27,8 +27,8 @@ from foldgroup.training.config import TrainConfig
 from foldgroup.training.data import Plain, good, holdout_batches
 from foldgroup.training.distributed import World
 from foldgroup.training.loop import accuracy, train
-from foldgroup.training.sources import Tree
 from foldgroup.training.places import state_path
+from foldgroup.training.sources import Tree
 
 
 def pack_images(images: Path, work: Path) -> Path:
