@@ -208,6 +208,14 @@ def test_what_a_module_cannot_be_given(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_layer_that_computes_its_weight_is_compiled(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), normed, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    compile(model, tmp_path / "b", example_input=(1, 3, 12, 12), engine=False)
+    assert verify(tmp_path / "b", model)
+
+
 def test_a_module_elsewhere_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"Linear: it has weight on meta: build it on the CPU"):
         load_network(nn.Linear(2, 2, device="meta"))

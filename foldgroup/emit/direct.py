@@ -21,6 +21,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -123,13 +124,13 @@ def convolution(writer: Writer, node: fx.Node) -> Value:
     kernel = tuple(conv.weight.shape[2:])
     if conv.padding_mode != "zeros" or len(x.shape) != len(kernel) + 2:
         raise Unfamiliar(f"{node.target} pads with {conv.padding_mode} what has {len(x.shape)} axes")
-    padding = conv.padding
+    padding, dilation = conv.padding, _each(conv.dilation, len(kernel))
     if isinstance(padding, str):
-        both = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, conv.dilation, strict=True)]
+        both = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
         if any(total % 2 for total in both):
             raise Unfamiliar(f"{node.target} pads one side more than the other")
         padding = [total // 2 for total in both]
-    attributes = _window(padding, conv.stride, kernel) | {"dilations": list(conv.dilation)}
+    attributes = _window(padding, conv.stride, kernel, len(kernel)) | {"dilations": dilation}
     return writer.emit(node, "Conv", [x, *_weights(writer, node, x)], group=conv.groups, **attributes)
 
 
@@ -146,10 +147,11 @@ def batch_norm(writer: Writer, node: fx.Node) -> Value:
     """With the statistics that were kept."""
     norm: Any = called_module(writer.graph, node)
     x = writer.only(node)
-    if norm.weight is None or norm.running_mean is None or norm.momentum is None:
-        raise Unfamiliar(f"{node.target} has no scale, no statistics or no momentum")
-    tensors = _weights(writer, node, x, "weight", "bias", "running_mean", "running_var")
-    return writer.emit(node, "BatchNormalization", [x, *tensors], epsilon=norm.eps, momentum=1 - norm.momentum)
+    names = ("weight", "bias", "running_mean", "running_var")
+    if any(getattr(norm, name) is None for name in (*names, "momentum")):
+        raise Unfamiliar(f"{node.target} has no scale, no shift, no statistics or no momentum")
+    numbers: dict[str, Any] = {"epsilon": float(norm.eps), "momentum": 1 - float(norm.momentum)}
+    return writer.emit(node, "BatchNormalization", [x, *_weights(writer, node, x, *names)], **numbers)
 
 
 def _weights(writer: Writer, node: fx.Node, x: Value, *names: str) -> list[Value]:
@@ -162,9 +164,18 @@ def _weights(writer: Writer, node: fx.Node, x: Value, *names: str) -> list[Value
     return [writer.store(f"{node.target}.{name}", tensor) for name, tensor in stored.items()]
 
 
-def _window(padding: Any, stride: Any, kernel: Any, axes: int = 0) -> dict[str, Any]:
-    """The attributes of what slides over positions; a number stands for all ``axes``."""
-    pads, strides, sizes = (list(a) if isinstance(a, tuple | list) else [a] * axes for a in (padding, stride, kernel))
+def _each(given: Any, axes: int) -> list[int]:
+    """Whole numbers for so many ``axes``; one stands for all."""
+    numbers = list(given) if isinstance(given, tuple | list) else [given]
+    numbers = numbers * axes if len(numbers) == 1 else numbers
+    if len(numbers) != axes or not all(isinstance(number, Integral) for number in numbers):
+        raise Unfamiliar(f"{given!r} is no whole number for each of {axes} axes")
+    return [int(number) for number in numbers]
+
+
+def _window(padding: Any, stride: Any, kernel: Any, axes: int) -> dict[str, Any]:
+    """The attributes of what slides over positions along so many ``axes``."""
+    pads, strides, sizes = (_each(given, axes) for given in (padding, stride, kernel))
     return {"auto_pad": "NOTSET", "pads": pads * 2, "strides": strides, "kernel_shape": sizes}
 
 
@@ -174,8 +185,7 @@ def max_pool(writer: Writer, node: fx.Node) -> Value:
     x, axes = _positions(writer, node)
     if pool.ceil_mode or pool.return_indices:
         raise Unfamiliar(f"{node.target} rounds up or returns indices")
-    dilation = list(pool.dilation) if isinstance(pool.dilation, tuple | list) else [pool.dilation] * axes
-    window = _window(pool.padding, pool.stride, pool.kernel_size, axes) | {"dilations": dilation}
+    window = _window(pool.padding, pool.stride, pool.kernel_size, axes) | {"dilations": _each(pool.dilation, axes)}
     return writer.emit(node, "MaxPool", [x], ceil_mode=0, storage_order=0, **window)
 
 
@@ -329,8 +339,11 @@ def _elementwise(kind: str, **attributes: Any) -> Operation:
     """One ONNX node of one operand; ``inplace`` makes no difference (see :mod:`foldgroup.purity`)."""
 
     def write(writer: Writer, node: fx.Node) -> Value:
-        x = bound(node, "input")[0] if node.op == "call_module" else bound(node, "input", inplace=False)[0]
-        return writer.emit(node, kind, [writer.computed(node, x)], **attributes)
+        given = bound(node, "input")[0] if node.op == "call_module" else bound(node, "input", inplace=False)[0]
+        x = writer.computed(node, given)
+        if not x.dtype.is_floating_point:
+            raise Unfamiliar(f"{node.name} may be of another type than what it reads")
+        return writer.emit(node, kind, [x], **attributes)
 
     return write
 

@@ -153,6 +153,13 @@ class Doubled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
+def changed(module: nn.Module, **attributes: Any) -> nn.Module:
+    """A module some of whose attributes were changed after it was made, as torch allows."""
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
 class Wrapped(nn.Module):
     """A module between others, or a function of what they give."""
 
@@ -189,6 +196,8 @@ MODULES: dict[str, tuple[nn.Module | Callable[..., Any], int]] = {
     "depthwise": (nn.Conv2d(8, 16, 3, groups=8), 2),
     "grouped": (nn.Conv1d(8, 12, 3, groups=4, padding=2, dilation=2), 1),
     "volume": (nn.Conv3d(8, 4, (1, 2, 3), stride=2), 3),
+    "a number for all axes": (changed(nn.Conv2d(8, 8, 3), stride=2), 2),
+    "one number for all axes": (nn.Sequential(nn.MaxPool2d(3, 1, (1,)), nn.AvgPool2d(3, 1, (1,))), 2),
     "same": (nn.Conv2d(8, 8, (3, 5), padding="same", dilation=(1, 2)), 2),
     "valid": (nn.Conv2d(8, 8, 3, padding="valid"), 2),
     "max": (nn.MaxPool2d(3, 2, 1), 2),
@@ -207,6 +216,7 @@ MODULES: dict[str, tuple[nn.Module | Callable[..., Any], int]] = {
     ),
     "mean": (lambda x, _: (x.mean((2, 3)), torch.mean(x, -1, keepdim=True), x.mean([1, 2], True)), 2),
     "normalised": (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(8)), 2),
+    "normalised by whole numbers": (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(8, momentum=1, eps=1)), 2),
     "normalised1": (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(8)), 1),
     "normalised3": (nn.Sequential(nn.ReLU(), nn.BatchNorm3d(8)), 3),
     "activations": (
@@ -369,6 +379,9 @@ MISSES: dict[str, tuple[nn.Module | Callable[..., Any], str]] = {
     "overwritten": (lambda x, s: (x.mul(s), x.mul_(s))[0], "overwrites"),
     "no statistics": (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(8, track_running_stats=False)), "no statistics"),
     "no scale": (nn.Sequential(nn.ReLU(), nn.BatchNorm2d(8, affine=False)), "no scale"),
+    "no shift": (nn.Sequential(nn.ReLU(), changed(nn.BatchNorm2d(8), bias=None)), "no shift"),
+    "no stride": (changed(nn.MaxPool2d(3), stride=None), "None is no whole number for each of 2 axes"),
+    "whole numbers": (lambda x, _: torch.sigmoid(x.to(torch.int64)), "of another type"),
     "same output twice": (lambda x, _: (torch.relu(x), x, x), "another output"),
     "output of a view": (nn.Sequential(nn.ReLU(), nn.Identity()), "another output"),
 }
@@ -396,6 +409,28 @@ def test_what_is_left_to_torch_is_exported() -> None:
     assert not is_direct(model)
     inputs = torch.randn(2, *SHAPE[1:])
     np.testing.assert_allclose(run(model, inputs)[0], evaluate(graph, inputs)["output"].numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["no shift", "no stride", "whole numbers"])
+def test_what_the_writer_takes_for_another_thing_is_exported_right(name: str) -> None:
+    graph = graph_of(MISSES[name][0])
+    inputs = torch.randn(2, *SHAPE[1:])
+    (ours,) = run(export_onnx(graph, SHAPE), inputs)
+    np.testing.assert_allclose(ours, evaluate(graph, inputs, torch.float32)["output"].numpy(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("broken", [TypeError("unforeseen"), onnx.ModelProto()], ids=["raises", "writes nonsense"])
+def test_what_the_writer_does_not_foresee_is_left_to_torch(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*_: object) -> onnx.ModelProto:
+        if isinstance(broken, Exception):
+            raise broken
+        return broken
+
+    monkeypatch.setattr(direct, "write", write)
+    graph = graph_of(nn.ReLU())
+    inputs = torch.randn(2, *SHAPE[1:])
+    (ours,) = run(export_onnx(graph, SHAPE), inputs)
+    np.testing.assert_allclose(ours, evaluate(graph, inputs)["output"].numpy(), rtol=0, atol=1e-5)
 
 
 def test_a_dropout_in_training_mode_is_left_to_torch() -> None:
