@@ -49,8 +49,9 @@ def check_replaced(output: Path, *, resume: bool, force: bool) -> None:
     """Refuse to start anew over an earlier run.
 
     Raises:
-        TrainingError: if there is one, and neither ``resume`` nor ``force``.
+        TrainingError: if there is one, and neither ``resume`` nor ``force``; or as :func:`check_places`.
     """
+    check_places(output)
     there = next((path for path in (output, state_path(output)) if path.exists()), None)
     if there is not None and not resume and not force:
         raise TrainingError(f"{there}: exists; go on with its run by --resume, or replace it by --force")

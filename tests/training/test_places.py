@@ -75,6 +75,17 @@ def test_what_could_not_be_written_or_is_something_else_is_refused(
     assert (tmp_path / "notes").read_bytes() == b"\xffmine"
 
 
+@pytest.mark.parametrize("output", ["folder", ".", "x" * 252])
+def test_the_command_line_tells_the_same(
+    output: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = run(images, "-o", output, *SETTINGS)
+    assert result.exit_code == 2 and result.stderr.count("Error") == 1 and "exists" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_what_can_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "log").write_text('{"event": "start"}\n')
