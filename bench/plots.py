@@ -110,9 +110,16 @@ def kind_of(layer: str) -> str:
 
 
 def packing(results: Path = RESULTS) -> plt.Figure:
-    """A panel for every layer of ResNeXt: time over that of dense by the width of the groups as run."""
+    """A panel for every layer of ResNeXt: time over that of dense by the width of the groups as run.
+
+    Curves of a further processor are dashed.
+    """
     figure, grid = plt.subplots(1, len(CHANNELS), figsize=(12, 3.4), sharey=True, constrained_layout=True)
+    colours: dict[str, str] = {}
     for path in sorted(results.glob("packing_*_*.json")):
+        _, target, precision, *elsewhere = path.stem.split("_")
+        colour = colours.setdefault(f"{target} {precision}", f"C{len(colours)}")
+        style = {"color": colour, "linestyle": "--" if elsewhere else "-", "marker": "."}
         curves: dict[tuple[int, int], list[tuple[int, float]]] = defaultdict(list)
         for (_, shape), timings in read_export(path).items():
             place = (shape.in_channels, shape.size[0]) if isinstance(shape, ConvShape) else (0, 0)
@@ -120,8 +127,7 @@ def packing(results: Path = RESULTS) -> plt.Figure:
                 runs = {e.groups: t.ns for e, t in timings.items() if e.parts == 1}
                 curves[place] = sorted((shape.in_channels // g, ns / runs[1]) for g, ns in runs.items())
         for axes, place in zip(grid, CHANNELS, strict=True):
-            name = path.stem.removeprefix("packing_").replace("_", " ")
-            axes.plot(*zip(*curves[place], strict=True), ".-", label=name)
+            axes.plot(*zip(*curves[place], strict=True), **style, label=" ".join([target, precision, *elsewhere]))
             axes.set(xscale="log", yscale="log", title=f"{place[0]} channels at {place[1]}×{place[1]}")
             axes.set_xscale("log", base=2)
             axes.set_xlabel("channels in a group as run")
