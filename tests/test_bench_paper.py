@@ -82,6 +82,27 @@ def test_differences_are_paired_by_seed() -> None:
     assert difference({"runs": {}}, g32, base) is None
 
 
+def test_a_network_that_is_not_trained_proves_nothing() -> None:
+    rows = {row.paper_name: row.point for study in studies(SMALLEST) if study.name == "table4" for row in study.rows}
+    accuracies = {"ResNeXt101 64×4d": 60.0, "ResNet200": 55.0, "ResNet101": 57.0}
+    for deep, verdict in ((55.0, "open"), (58.0, "supported")):
+        accuracies["ResNet200"] = deep
+        found = {
+            rows[name].key: {
+                str(seed): {"test_accuracy": top1 + 0.1 * (seed if name == "ResNet200" else 0)} for seed in range(3)
+            }
+            for name, top1 in accuracies.items()
+        }
+        claim = next(c for c in claims._table4(SMALLEST, {"runs": found}) if "more depth" in c.claim)
+        assert claim.verdict == verdict and ("do not train it" in claim.found) == (verdict == "open")
+
+
+@pytest.mark.parametrize("values", [(0.1, 0.1, 0.1), (4.4771, 4.4771, 4.4771), (1.0, 2.0, 4.5)])
+def test_a_mean_lies_within_its_range(values: tuple[float, ...]) -> None:
+    mean, ((below,), (above,)) = plots._mean_and_range(values)
+    assert mean == pytest.approx(sum(values) / 3) and below >= 0 <= above
+
+
 # ---- a study -----------------------------------------------------------------------------------------------------
 
 

@@ -176,19 +176,33 @@ def _reproducible(document: dict[str, Any], point: Point) -> Claim:
 
 def _table4(scale: Scale, document: dict[str, Any]) -> list[Claim]:
     rows = {row.paper_name: row.point for study in studies(scale) if study.name == "table4" for row in study.rows}
+    grouped, deep = rows["ResNeXt101 64×4d"], rows["ResNet200"]
     return [
-        _better(document, f"{words} (Table 4).", rows[mine], rows[other])
-        for words, mine, other in (
-            (
-                "More cardinality is more accurate than more width, 79.8 against 78.8",
-                "ResNeXt101 64×4d",
-                "ResNet101 1×100d",
-            ),
-            ("… and than more depth, 79.8 against 78.6", "ResNeXt101 64×4d", "ResNet200"),
-            (
-                "With two groups' complexity, learned groups are more accurate, 80.1 against 79.6",
-                "G-ResNeXt101 b = 2",
-                "ResNeXt101 2×64d",
-            ),
-        )
+        _better(
+            document,
+            "More cardinality is more accurate than more width, 79.8 against 78.8 (Table 4).",
+            grouped,
+            rows["ResNet101 1×100d"],
+        ),
+        _of_trained(
+            document,
+            _better(document, "… and than more depth, 79.8 against 78.6 (Table 4).", grouped, deep),
+            deep,
+            rows["ResNet101"],
+        ),
+        _better(
+            document,
+            "With two groups' complexity, learned groups are more accurate, 80.1 against 79.6 (Table 4).",
+            rows["G-ResNeXt101 b = 2"],
+            rows["ResNeXt101 2×64d"],
+        ),
     ]
+
+
+def _of_trained(document: dict[str, Any], claim: Claim, larger: Point, smaller: Point) -> Claim:
+    """``claim``, but open where the ``larger`` network is less accurate than the ``smaller``, untrained."""
+    found = difference(document, larger, smaller)
+    if claim.verdict is None or found is None or found.mean >= 0:
+        return claim
+    why = f"so few epochs do not train it: {larger.name} less {smaller.name}: {found} points"
+    return Claim(claim.claim, f"{claim.found}, but {why}", "open")

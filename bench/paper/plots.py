@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -78,9 +78,15 @@ def _draw(
     if not runs:
         return
     xs, ys = zip(*runs, strict=True)
-    x, y = statistics.fmean(xs), statistics.fmean(ys)
-    errors = {"xerr": [[x - min(xs)], [max(xs) - x]], "yerr": [[y - min(ys)], [max(ys) - y]]}
+    (x, across), (y, up) = _mean_and_range(xs), _mean_and_range(ys)
+    errors = {"xerr": across, "yerr": up}
     axes.errorbar(x, y, fmt=marker, color=colour, markersize=5, elinewidth=0.8, label=point.name, **errors)
+
+
+def _mean_and_range(values: Sequence[float]) -> tuple[float, list[list[float]]]:
+    """The mean and how far the least and the greatest lie from it; of equal values it may be off in the last bit."""
+    mean = min(max(statistics.fmean(values), min(values)), max(values))
+    return mean, [[mean - min(values)], [max(values) - mean]]
 
 
 def groups(scale: Scale, document: dict[str, Any]) -> plt.Figure:
