@@ -97,7 +97,11 @@ def events(log: Path) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize(("where", "number"), [("step", RANDOM_STEP), ("write", 3), ("write", 4)])
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [("step", RANDOM_STEP), ("write", 3), ("write", 4)],
+    ids=["a random step", "the third write", "the fourth write"],  # of one name in every process of the tests
+)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
     where: str, number: int, images: Path, alone: Any, tmp_path: Path
 ) -> None:
