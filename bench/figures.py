@@ -59,7 +59,7 @@ def _studies(document: dict[str, Any]) -> str:
     return (
         f"- Of {found.total()} claims of the paper that were tried on CIFAR-10, with networks of "
         f"{sum(scale.blocks)} blocks, {scale.config('', 0).epochs} epochs and at most {scale.seeds} seeds "
-        f"({seconds / 3600:.1f} hours of processor cores), {found['supported']} are supported, "
+        f"({seconds / 3600:.1f} hours of training processes, pauses included), {found['supported']} are supported, "
         f"{found['contradicted']} contradicted, and {found['open']} cannot be told at this scale "
         f"([{scale.name}.md](bench/results/paper/{scale.name}.md))."
     )

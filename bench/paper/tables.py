@@ -55,7 +55,8 @@ def _setting(scale: Scale, document: dict[str, Any]) -> list[str]:
     )
     return [
         f"`python -m bench.paper train --scale {scale.name} --images CIFAR10`, then `latency` and `tables`: "
-        f"{len(runs)} networks, {hours:.1f} hours of training processes in all, on {kind}, torch {where.get('torch')}. "
+        f"{len(runs)} networks, {hours:.1f} hours of training processes in all, pauses included, on {kind}, "
+        f"torch {where.get('torch')}. "
         "Seeds count from 0. **Ours are CIFAR-10 photographs as JPEG files and a network of "
         f"{sum(scale.blocks)} blocks ({blocks}), trained for {used.epochs} epochs; the paper's are ImageNet and "
         "50 or 101 layers. Compare differences, never the figures themselves.**",

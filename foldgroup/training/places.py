@@ -63,14 +63,14 @@ def _check_name(path: Path, option: str) -> None:
 
 
 def _check_writable(path: Path, option: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")  # what is written first: see checkpoint.write_whole
+    trial = path.with_name(path.name + ".try")  # as long as what is written first, which may be a running run's
     try:
         if not path.parent.is_dir():
             raise TrainingError(f"{path.parent}: no such folder; create it, or choose another place with {option}")
         if path.exists() and not path.is_file():
             raise TrainingError(f"{path}: is there and is no file; choose another place with {option}")
-        temporary.touch()
-        temporary.unlink()
+        trial.touch()
+        trial.unlink()
     except OSError as error:
         raise TrainingError(
             f"{path}: cannot be written ({error.strerror}); choose another place with {option}"
