@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
+from click.core import ParameterSource
 
 from foldgroup.training.config import RECIPES, ImageCheck, Precision, TrainConfig
 
@@ -83,7 +84,19 @@ class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
 
 def names(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
     """The values of an option that is given several times, or with commas."""
-    return tuple(name.strip() for part in value for name in part.split(",") if name.strip())
+    given = [[name.strip() for name in part.split(",") if name.strip()] for part in value]
+    if [] in given:
+        raise click.BadParameter("it is empty: leave it out for the default", ctx, param)
+    return tuple(name for part in given for name in part)
+
+
+def only_with_tune(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    """The value of an option that says how ``--tune`` measures, refused where nothing is measured."""
+    assert param.name is not None
+    asked = ctx.get_parameter_source(param.name) is not ParameterSource.DEFAULT
+    if asked and not ctx.params["tune"]:
+        raise click.BadParameter("it says how long --tune measures: add --tune", ctx, param)
+    return value
 
 
 def _group(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -223,10 +236,16 @@ tuning_options = _group(
         callback=lambda _, __, value: None if value is None else int(value),
         help="Float32 values in a vector of the CPU it will run on: 16 for AVX-512, 8 for AVX2.  [default: this CPU's]",
     ),
-    click.option("--tune", is_flag=True, help="Measure here which exact form of every layer is fastest, and use it."),
+    click.option(
+        "--tune",
+        is_flag=True,
+        is_eager=True,
+        help="Measure here which exact form of every layer is fastest, and use it.",
+    ),
     click.option(
         "--tune-budget",
         type=SecondsType(),
+        callback=only_with_tune,
         default="60s",
         show_default=True,
         help="Time to measure in, such as 90s or 5m; what is in the tuning database costs none.",

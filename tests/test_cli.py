@@ -249,6 +249,8 @@ def test_a_pass_that_does_not_say_where_it_goes_is_bad_input(tiny_checkpoint: Pa
         ("compile", "{checkpoint}", "-o", "{missing}/deeper"),
         ("compile", "{checkpoint}", "--gpu", "sm80", "--no-engine"),
         ("compile", "{checkpoint}", "--target", "abacus"),
+        ("compile", "{checkpoint}", "--target", ""),
+        ("compile", "{checkpoint}", "--tune-budget", "5s"),
         ("compile", "{checkpoint}", "--target", "onnxruntime", "--gpu", "sm80"),
         ("compile", "{checkpoint}", "--precision", "fp8"),
         ("compile", "{checkpoint}", "--precision", "int8", "--no-engine"),

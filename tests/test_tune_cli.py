@@ -73,6 +73,7 @@ def measuring_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "words"),
     [
         (("--tune", "--no-packing"), "give one of them"),
+        (("--tune-budget", "5s"), "add --tune"),
         (("--tune", "--tune-budget", "0"), "'0' is no time, such as 90s or 5m"),
         (("--tune", "--tune-budget", "0s"), "is no time"),
         (("--tune", "--tune-budget", "-5"), "is no time"),
