@@ -7,8 +7,10 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +27,7 @@ from foldgroup.emit.quantize import Calibration
 from foldgroup.engines import EngineSettings, build, entry
 from foldgroup.equivalence import TierResult, first_layer_over, seeded_inputs
 from foldgroup.errors import BundleError, CheckpointError, EquivalenceError, TargetError, TraceError, TuningError
-from foldgroup.folding import check_float64, fold, input_shape_of, shape_like
+from foldgroup.folding import Traced, check_float64, fold_traced, input_shape_of, shape_like, trace_network
 from foldgroup.golden import Golden
 from foldgroup.handover import TRITON, Repository, served_name, triton
 from foldgroup.images import unlabelled
@@ -33,7 +35,7 @@ from foldgroup.lowering import AUTO, CalibrationData, Form, Lowered, lower
 from foldgroup.manifest import manifest_of
 from foldgroup.measure import machine
 from foldgroup.own_model import ModelSource
-from foldgroup.pipeline import PassRecord, Pipeline
+from foldgroup.pipeline import ENTRY_POINTS, PassRecord, Pipeline
 from foldgroup.profiling import profile
 from foldgroup.profiling.limits import RUNTIMES
 from foldgroup.report.page import report_page
@@ -152,11 +154,19 @@ def compile(
         data = CalibrationData(images, calibration, reduce_range)
         clock("read calibration images")
     shape, first = (fixed or 1, *own_shape[1:]), precisions[0]
-    refold = partial(fold, checkpoint, pipeline=pipeline, input_shape=own_shape[1:], check_passes=check_passes)
+    traced = trace_network(checkpoint, input_shape=own_shape[1:])
+    clock("trace")
+    refold = partial(fold_traced, traced, pipeline=pipeline, check_passes=check_passes)
     costs = {variant: Costs(variant, replace(tuning, measure=False)) for variant in _onnx_first(chosen)}
     dumped = None if dump_passes is None else Path(dump_passes)
-    folded = refold(cost=next(iter(costs.values())), dump_passes=dumped, on_step=clock)
-    lower_form = partial(lower, batch=fixed, calibration=data, exports={})
+    with ThreadPoolExecutor(1) as beside:  # passes are Python, torch lets other threads run while it computes
+        golden_made = beside.submit(_golden, traced, data)
+        if pipeline is not None or entry_points(group=ENTRY_POINTS):
+            wait([golden_made])  # tracing changes what it is to call a module, and other passes may do that
+        folded = refold(cost=next(iter(costs.values())), dump_passes=dumped, on_step=clock)
+        golden = golden_made.result()
+    clock("float64")
+    lower_form = partial(lower, batch=fixed, calibration=data)
     choices = {variant: Tuned(variant, plan) for variant, plan in plans_of(folded, costs).items()}
     if tune:
         kept = tuple(name for name in keep_float if name != AUTO)
@@ -170,15 +180,12 @@ def compile(
         choices = tuner.tune({variant: choice.plan for variant, choice in choices.items()})
         folded = next(iter(choices.values())).plan.folded
         clock("tuning")
-    try:
-        golden = Golden.of(folded.training, folded.input_shape, torch.from_numpy(data.images) if data else None)
-    except TraceError as failed:
-        raise TraceError(f"{checkpoint.path}: {failed}") from failed.__cause__
-    error = check_float64(checkpoint.path, folded, golden.inputs, golden.outputs)
+    with ThreadPoolExecutor(1) as beside:
+        checked = beside.submit(check_float64, checkpoint.path, folded, golden.inputs, golden.outputs)
+        forms, key_of = _forms(precisions, choices)
+        clock("packing")
+        error = checked.result()
     clock("float64")
-
-    forms, key_of = _forms(precisions, choices)
-    clock("packing")
     main = forms[first]
     manifest = manifest_of(checkpoint, replace(folded, certificate=main.certificate), fixed, first, main.graph)
     path, classes = checkpoint.path, checkpoint.classes
@@ -203,7 +210,7 @@ def compile(
         files.PREPROCESSING: to_json({**(asdict(preprocessing) if preprocessing else {}), "classes": list(classes)}),
     }
     # The dense kernels: most of the memory, and no longer needed. Graphs refer to themselves, so someone has to look.
-    del source, checkpoint, folded, refold, choices, costs, main
+    del source, checkpoint, traced, golden_made, folded, checked, refold, choices, costs, main
     gc.collect()
 
     lower_all = partial(lower_form, keep_float=keep_float, on_step=clock)
@@ -286,6 +293,14 @@ def compile(
     result = write_bundle(output, written, force=force)
     clock("bundle")
     return result
+
+
+def _golden(traced: Traced, data: CalibrationData | None) -> Golden:
+    """The training form's outputs on seeded inputs and on some of the images that it is calibrated on."""
+    try:
+        return Golden.of(traced.training, traced.input_shape, torch.from_numpy(data.images) if data else None)
+    except TraceError as failed:
+        raise TraceError(f"{traced.checkpoint.path}: {failed}") from failed.__cause__
 
 
 def _lowered(

@@ -30,6 +30,15 @@ from foldgroup.trace import trace
 
 
 @dataclass(frozen=True)
+class Traced:
+    """A checkpoint's network as a graph, in training form. ``input_shape`` is [1, C, …]."""
+
+    checkpoint: Checkpoint
+    training: fx.GraphModule
+    input_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Folded:
     """A checkpoint's network before and after the passes. ``input_shape`` is [1, C, …]."""
 
@@ -40,6 +49,23 @@ class Folded:
     input_shape: tuple[int, ...]
 
 
+def trace_network(
+    checkpoint: Checkpoint, *, input_size: int | None = None, input_shape: Sequence[int] | None = None
+) -> Traced:
+    """The graph of the checkpoint's model, for an input as :func:`input_shape_of` says.
+
+    Raises:
+        TraceError: if the network has none, or does not take that.
+    """
+    shape = input_shape_of(checkpoint, input_size, input_shape)
+    try:
+        training = trace(checkpoint.model, shape)
+        check_outputs(training, shape[0])
+    except TraceError as error:
+        raise TraceError(f"{checkpoint.path}: {error}") from error.__cause__
+    return Traced(checkpoint, training, shape)
+
+
 def fold(
     checkpoint: Checkpoint,
     *,
@@ -47,21 +73,30 @@ def fold(
     cost: Cost | CostSource | None = None,
     input_size: int | None = None,
     input_shape: Sequence[int] | None = None,
+) -> Folded:
+    """:func:`trace_network` and :func:`fold_traced` in one; raises what they do."""
+    traced = trace_network(checkpoint, input_size=input_size, input_shape=input_shape)
+    return fold_traced(traced, pipeline=pipeline, cost=cost)
+
+
+def fold_traced(
+    traced: Traced,
+    *,
+    pipeline: Pipeline | None = None,
+    cost: Cost | CostSource | None = None,
     check_passes: bool = False,
     dump_passes: Path | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Folded:
-    """Trace the checkpoint's model, run the passes and certify the result.
+    """Run the passes on a network, which is left as it is, and certify the result.
 
-    ``pipeline`` is the default one with the passes of installed packages, which plans by ``cost``. The input is as
-    :func:`input_shape_of` says.
+    ``pipeline`` is the default one with the passes of installed packages, which plans by ``cost``.
 
     Raises:
         TraceError, PassError: if the network or a pass is not up to it.
         EquivalenceError: if ``check_passes`` finds a pass whose result differs, or if the certificate does not hold.
     """
-    training, shape = _trace(checkpoint, input_size, input_shape)
-    on_step("trace")
+    training, shape = traced.training, traced.input_shape
 
     def on_pass(record: PassRecord, graph: fx.GraphModule) -> None:
         on_step(record.name)
@@ -82,8 +117,8 @@ def fold(
     on_step("certificate")
     if not certificate.holds:
         raise EquivalenceError(
-            f"{checkpoint.path}: the folded network is not the trained one. {certificate.failure}. "
-            f"{_how_to_bisect(checkpoint)} to find the pass"
+            f"{traced.checkpoint.path}: the folded network is not the trained one. {certificate.failure}. "
+            f"{_how_to_bisect(traced.checkpoint)} to find the pass"
         )
     return Folded(training, result.graph, result, certificate, shape)
 
@@ -129,10 +164,10 @@ def bisect(
     Every pass is checked by the certificate and in float64. The arguments are those of :func:`foldgroup.compile`.
     """
     checkpoint = load_network(source, arch=arch, gate_order=gate_order, zero_gates=zero_gates, model=model)
-    training, shape = _trace(checkpoint, input_size, shape_like(example_input))
+    traced = trace_network(checkpoint, input_size=input_size, input_shape=shape_like(example_input))
     result = (pipeline or _default_pipeline()).run(
-        training,
-        check=pass_check(training, seeded_inputs(shape)),
+        traced.training,
+        check=pass_check(traced.training, seeded_inputs(traced.input_shape)),
         stop_at_difference=False,
         on_pass=lambda record, _: on_step(record.name),
     )
@@ -185,19 +220,6 @@ def input_shape_of(
         )
     size = input_size or checkpoint.preprocessing.size
     return (1, first.in_channels, size, size)
-
-
-def _trace(
-    checkpoint: Checkpoint, input_size: int | None, input_shape: Sequence[int] | None
-) -> tuple[fx.GraphModule, tuple[int, ...]]:
-    """The training form's graph, and the shape of one input."""
-    shape = input_shape_of(checkpoint, input_size, input_shape)
-    try:
-        training = trace(checkpoint.model, shape)
-        check_outputs(training, shape[0])
-    except TraceError as error:
-        raise TraceError(f"{checkpoint.path}: {error}") from error.__cause__
-    return training, shape
 
 
 def _how_to_bisect(checkpoint: Checkpoint) -> str:

@@ -67,7 +67,8 @@ def kronecker_mask(factors: Sequence[Factor], bits: Sequence[int]) -> npt.NDArra
     """
     _check_bits(factors, bits)
     blocks = [np.ones(f, dtype=bool) if bit else np.eye(f[0], dtype=bool) for f, bit in zip(factors, bits, strict=True)]
-    return reduce(np.kron, blocks, np.ones((1, 1), dtype=bool))
+    # From the last: the product so far is what numpy copies in runs, so they had better be long.
+    return reduce(lambda product, block: np.kron(block, product), reversed(blocks), np.ones((1, 1), dtype=bool))
 
 
 class GroupWidths:

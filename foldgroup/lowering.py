@@ -2,18 +2,16 @@
 
 ::
 
-    folded graph ─► typed fp32 | fp16 | bf16 ─► ONNX ─► groups packed for the target
-    folded graph ─► typed fp32 ─► ONNX ─► groups packed ─► quantiser, calibrated ─► ONNX with Q/DQ       (int8)
+    folded graph ─► groups packed for the target ─► typed fp32 | fp16 | bf16 ─► ONNX
+    folded graph ─► groups packed for the target ─► typed fp32 ─► ONNX ─► quantiser, calibrated ─► ONNX with Q/DQ (int8)
 
-The export takes seconds, packing none: so a network is exported once a precision with the groups that it learned, and
-packed in the ONNX file. That the file is the network that :class:`passes.PackGroups` makes, whose certificate holds, is
-checked weight by weight.
+What is written is the network that :class:`passes.PackGroups` makes, whose certificate holds.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +22,9 @@ from torch import fx
 
 from foldgroup.certificate import Certificate, certify
 from foldgroup.conv_shape import Choose, Execution
-from foldgroup.emit.onnx import export_onnx, stored_weights_match
+from foldgroup.emit.onnx import export_onnx
 from foldgroup.emit.precision import DTYPES, layers_named, typed
 from foldgroup.emit.quantize import Calibration, Quantizer
-from foldgroup.emit.rewrite import pack_all
 from foldgroup.emit.sensitivity import most_sensitive
 from foldgroup.errors import EquivalenceError, PassError, TargetError
 from foldgroup.folding import Folded
@@ -151,13 +148,12 @@ def lower(
     batch: int | None = None,
     keep_float: Sequence[str] = (),
     calibration: CalibrationData | None = None,
-    exports: MutableMapping[Any, bytes] | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Lowered:
     """The network in ``precision``, with a dynamic batch or a fixed one.
 
     ``keep_float`` are names or wildcards of layers to keep in float32; ``auto`` adds the few that int8 hurts most,
-    measured on the calibration images. ``exports`` remembers exports of several calls with equal options.
+    measured on the calibration images.
 
     Raises:
         EmitError, EquivalenceError: if a step is refused or goes wrong.
@@ -172,7 +168,7 @@ def lower(
     if precision == "int8":
         assert calibration is not None
         graph = typed(form.graph, torch.float32)
-        exact = _exported(form, graph, torch.float32, (), shape, fixed, exports)
+        exact = export_onnx(graph, shape, fixed_batch=fixed)
         quantizer = Quantizer(
             exact,
             calibration.images,
@@ -198,32 +194,8 @@ def lower(
     else:
         kept = () if precision == "fp32" else kept
         graph = typed(form.graph, DTYPES[precision], kept)
-        model = _exported(form, graph, DTYPES[precision], kept, shape, fixed, exports)
+        model = export_onnx(graph, shape, fixed_batch=fixed)
     if kept:
         facts["keep_float"] = list(kept)
     on_step(f"ONNX {precision}")
     return Lowered(precision, graph, model, kept, facts)
-
-
-def _exported(
-    form: Form,
-    graph: fx.GraphModule,
-    dtype: torch.dtype,
-    kept: tuple[str, ...],
-    shape: tuple[int, ...],
-    fixed: bool,
-    exports: MutableMapping[Any, bytes] | None,
-) -> bytes:
-    """The ONNX file of ``graph``, which is ``form`` typed: by way of that with nominal groups if that will do."""
-    if any(execution.parts > 1 for execution in form.executions.values()):
-        return export_onnx(graph, shape, fixed_batch=fixed)
-    exports = {} if exports is None else exports
-    key = (id(form.nominal), dtype, kept, shape, fixed)
-    if key not in exports:
-        nominal = typed(form.nominal, dtype, kept) if form.executions else graph
-        exports[key] = export_onnx(nominal, shape, fixed_batch=fixed)
-    if not form.executions:
-        return exports[key]
-    model = pack_all(exports[key], {name: execution.groups for name, execution in form.executions.items()})
-    stored_weights_match(model, graph)
-    return model

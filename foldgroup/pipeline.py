@@ -13,6 +13,7 @@ import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from importlib.metadata import entry_points
@@ -308,13 +309,15 @@ def _contents(graph: fx.GraphModule, sums: _Checksums) -> dict[str, object]:
         for place, node in enumerate(graph.graph.nodes)
     }
     contents |= {name: settings(module) for name, module in graph.named_modules() if name}
-    for name, tensor in _tensors(graph):
-        place = _place(tensor)
-        if place not in sums:
-            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            sums[place] = zlib.crc32(values)
-        contents[name] = (place, sums[place])
-    return contents
+    tensors = {name: (_place(tensor), tensor) for name, tensor in _tensors(graph)}
+    new = {place: tensor for place, tensor in tensors.values() if place not in sums}
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # sums of large tensors let other threads run
+        sums.update(zip(new, pool.map(_checksum, new.values()), strict=True))
+    return contents | {name: (place, sums[place]) for name, (place, _) in tensors.items()}
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def fingerprint(graph: fx.GraphModule) -> str:

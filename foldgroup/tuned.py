@@ -302,7 +302,7 @@ def _calls(folded: Folded) -> list[ConvShape]:
 
 
 def _alike(before: Folded, after: Folded) -> Folded:
-    """``before`` if both are the same network with the same orders, so that it is exported once."""
+    """``before`` if both are the same network with the same orders, so that its forms are the same."""
     ours, theirs = dict(before.folded.state_dict()), dict(after.folded.state_dict())
     same = before.folded.code == after.folded.code and ours.keys() == theirs.keys()
     return before if same and all(torch.equal(ours[key], theirs[key]) for key in ours) else after

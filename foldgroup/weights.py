@@ -23,6 +23,10 @@ _PLAIN = (bool, int, float, str, tuple, list, set, dict)
 """Types whose values are the same setting if they are equal; others must be the same object."""
 
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers as wide as an element of so many bytes."""
+
+
 class Refuted(Exception):
     """A claim that does not follow."""
 
@@ -182,7 +186,7 @@ def equal_bits(tensor: Tensor, other: Tensor) -> bool:
     """Bit for bit, so that 0 and −0 differ and a NaN is itself."""
 
     def bits(values: Tensor) -> Tensor:
-        return values.contiguous().reshape(-1).view(torch.uint8)
+        return values.contiguous().reshape(-1).view(_BITS.get(values.element_size(), torch.uint8))
 
     return tensor.dtype == other.dtype and tensor.shape == other.shape and torch.equal(bits(tensor), bits(other))
 

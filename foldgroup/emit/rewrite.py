@@ -13,7 +13,7 @@ their zero point, which stands for 0.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,15 +39,8 @@ def pack(model: bytes, layer: str, groups: int) -> bytes:
     Raises:
         EmitError: if there is no such convolution, ``groups`` does not divide its G, or its weight cannot be widened.
     """
-    return pack_all(model, {layer: groups})
-
-
-def pack_all(model: bytes, groups: Mapping[str, int]) -> bytes:
-    """The same function with every convolution named in as many groups as are given for it; see :func:`pack`."""
     proto = _parse(model)
-    index = _Index(proto)
-    for layer, count in groups.items():
-        _pack(index, _convolution(proto, layer), count)
+    _pack(_Index(proto), _convolution(proto, layer), groups)
     return _bytes(proto)
 
 
