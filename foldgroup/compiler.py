@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from foldgroup import bundle as files
 from foldgroup.bundle import Bundle, check_target, classes_of, file_entry, precision_of, to_json, write_bundle
 from foldgroup.checkpoint import Checkpoint, Preprocessing, load_network
-from foldgroup.emit import tensorrt
+from foldgroup.compile_options import check_images, check_options, chosen_variants
 from foldgroup.emit.engine import Engine
 from foldgroup.emit.preprocess import with_preprocessing
 from foldgroup.emit.quantize import Calibration
@@ -39,9 +39,9 @@ from foldgroup.pipeline import ENTRY_POINTS, PassRecord, Pipeline
 from foldgroup.profiling import profile
 from foldgroup.profiling.limits import RUNTIMES
 from foldgroup.report.page import report_page
-from foldgroup.targets import Variant, choose, missing
+from foldgroup.targets import Variant, onnx_first
 from foldgroup.tiers import Tiers, layer_errors, rounded_tier, run_tiers, stand_in
-from foldgroup.tuned import Costs, NetworkTuner, Tuned, TuningOptions, plans_of
+from foldgroup.tuned import Costs, NetworkTuner, Tuned, TuningOptions, forms_of, plans_of
 
 CALIBRATION_IMAGES = 256
 """Images that int8 is calibrated on, unless told otherwise."""
@@ -125,9 +125,9 @@ def compile(
     output = Path(default_bundle_name(Path(str(source)))) if output is None else Path(output)
     check_target(output, force=force)
     asked = [precision] if isinstance(precision, str) else precision
-    chosen = _chosen(target, asked, engine=engine, gpu=gpu)
+    chosen = chosen_variants(target, asked, engine=engine, gpu=gpu)
     precisions = tuple(dict.fromkeys((*asked, *(variant.precision for variant in chosen))))
-    _check_options(chosen, precisions, keep_float, emit, engine_settings, calibrated=calibrate is not None)
+    check_options(chosen, precisions, keep_float, emit, engine_settings, calibrated=calibrate is not None)
     if tune and not packing:
         raise TuningError("--tune looks for the fastest packing, --no-packing keeps what was learned: give one of them")
     database = None if tuning_db is None else Path(tuning_db)
@@ -145,7 +145,7 @@ def compile(
     own_shape = input_shape_of(checkpoint, input_size, shape_like(example_input))
     square = len(own_shape) == 4 and own_shape[2] == own_shape[3]
     if calibrate is not None or bake_preprocessing:
-        _check_images(checkpoint.path, own_shape[1:])
+        check_images(checkpoint.path, own_shape[1:])
     preprocessing = _preprocessing(checkpoint, own_shape[2]) if square else None
     data = None
     if calibrate is not None:
@@ -157,7 +157,7 @@ def compile(
     traced = trace_network(checkpoint, input_shape=own_shape[1:])
     clock("trace")
     refold = partial(fold_traced, traced, pipeline=pipeline, check_passes=check_passes)
-    costs = {variant: Costs(variant, replace(tuning, measure=False)) for variant in _onnx_first(chosen)}
+    costs = {variant: Costs(variant, replace(tuning, measure=False)) for variant in onnx_first(chosen)}
     dumped = None if dump_passes is None else Path(dump_passes)
     with ThreadPoolExecutor(1) as beside:  # passes are Python, torch lets other threads run while it computes
         golden_made = beside.submit(_golden, traced, data)
@@ -182,7 +182,7 @@ def compile(
         clock("tuning")
     with ThreadPoolExecutor(1) as beside:
         checked = beside.submit(check_float64, checkpoint.path, folded, golden.inputs, golden.outputs)
-        forms, key_of = _forms(precisions, choices)
+        forms, key_of = forms_of(precisions, choices)
         clock("packing")
         error = checked.result()
     clock("float64")
@@ -334,30 +334,6 @@ def _file(key: str, first: str, suffix: str) -> str:
     return f"model{suffix}" if key == first else f"model.{key.replace(' ', '.')}{suffix}"
 
 
-def _onnx_first(chosen: Sequence[Variant]) -> tuple[Variant, ...]:
-    """Targets that read ONNX files before those that take an engine: theirs is the form of ``model.onnx``."""
-    return tuple(sorted(chosen, key=lambda variant: variant.target.takes != "onnx"))
-
-
-def _forms(precisions: Sequence[str], choices: Mapping[Variant, Tuned]) -> tuple[dict[str, Form], dict[Variant, str]]:
-    """The networks to write, by their key in the manifest, and the key of each variant.
-
-    A precision's own is that of its first variant; another variant has its own where it runs another form.
-    """
-    forms: dict[str, Form] = {}
-    key_of: dict[Variant, str] = {}
-    for variant, choice in choices.items():
-        form = choice.plan.form(variant.precision)
-        alike = next((key for key, other in forms.items() if _same(key, other, variant, form)), None)
-        key_of[variant] = alike or (str(variant) if variant.precision in forms else variant.precision)
-        forms.setdefault(key_of[variant], form)
-    return {key: forms[key] for key in sorted(forms, key=lambda key: (key not in precisions, key))}, key_of
-
-
-def _same(key: str, other: Form, variant: Variant, form: Form) -> bool:
-    return precision_of(key) == variant.precision and other.same_as(form)
-
-
 def _typical(batch: int | tuple[int, int, int] | None) -> int:
     """The batch that is tuned for."""
     return batch if isinstance(batch, int) else 1 if batch is None else batch[1]
@@ -406,68 +382,6 @@ def _judge(source: Path, tier: TierResult, errors: Mapping[str, float]) -> None:
         where = f"; the first layer over is {first}" if first else ""
         where += f": keep it in float with --keep-float {first}" if first and tier.precision != "fp32" else ""
         raise EquivalenceError(f"{source}: {tier.name}: {'; '.join(tier.violations)}{where}")
-
-
-def _check_options(
-    chosen: Sequence[Variant],
-    precisions: Sequence[str],
-    keep_float: Sequence[str],
-    emit: Sequence[str],
-    settings: EngineSettings,
-    *,
-    calibrated: bool,
-) -> None:
-    """Refuse, before any work, options that do not go together.
-
-    Raises:
-        TargetError: naming what to give instead.
-    """
-    if "int8" in precisions and not calibrated:
-        raise TargetError("int8 needs real images to read ranges off: name a folder of them with --calibrate")
-    if keep_float and set(precisions) == {"fp32"}:
-        raise TargetError("--keep-float says what stays in float32 beside another --precision; fp32 keeps everything")
-    if AUTO in keep_float and "int8" not in precisions:
-        raise TargetError(f"--keep-float {AUTO} measures what int8 costs: add int8, or name the layers to keep")
-    if settings.compatibility is not None and not any(v.target.name == "tensorrt" for v in chosen):
-        raise TargetError("--compatibility is TensorRT's: add --target tensorrt (TensorRT-RTX takes --gpu sm80,sm89)")
-    for kind in emit:
-        if kind != TRITON:
-            raise TargetError(f"cannot emit {kind!r}: only {TRITON}")
-
-
-def _check_images(source: Path, shape: Sequence[int]) -> None:
-    """Refuse options about images for a network whose input [C, …] is none.
-
-    Raises:
-        TargetError: saying what it takes.
-    """
-    if shape[0] != 3:
-        raise TargetError(f"{source}: images have 3 channels, this network takes {shape[0]}: it goes without them")
-    if len(shape) != 3 or shape[1] != shape[2]:
-        raise TargetError(
-            f"{source}: images are prepared as [3, S, S], this network takes {list(shape)}: leave out --calibrate and "
-            "--bake-preprocessing"
-        )
-
-
-def _chosen(
-    names: Sequence[str], precisions: Sequence[str], *, engine: bool, gpu: Sequence[str]
-) -> tuple[Variant, ...]:
-    """What to compile for; refused here, before any work, where it cannot be done.
-
-    Raises:
-        TargetError, EmitError: if a target is unknown, not installed, or does not take what is asked of it.
-    """
-    variants = choose(names, precisions, engines=engine, rtx=bool(gpu))
-    for target in {variant.target for variant in variants}:
-        reason = missing(target)
-        if reason is not None:
-            raise TargetError(reason)
-    if gpu:
-        if not any(variant.target.name == "tensorrt-rtx" for variant in variants):
-            raise TargetError("--gpu names the GPUs of a TensorRT-RTX engine: add --target tensorrt-rtx")
-        tensorrt.check_capabilities(gpu)
-    return variants
 
 
 class _Clock:

@@ -124,6 +124,11 @@ def choose(
     return tuple(dict.fromkeys(chosen))
 
 
+def onnx_first(chosen: Sequence[Variant]) -> tuple[Variant, ...]:
+    """Targets that read ONNX files before those that take an engine: theirs is the form of ``model.onnx``."""
+    return tuple(sorted(chosen, key=lambda variant: variant.target.takes != "onnx"))
+
+
 def _variants_of(target: Target, precisions: Sequence[str]) -> list[Variant]:
     found = [Variant(target, precision) for precision in precisions if precision in target.precisions]
     if not found:

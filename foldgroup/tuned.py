@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from foldgroup.bundle import precision_of
 from foldgroup.conv_shape import ConvShape, grouped_convs
 from foldgroup.errors import TuningError
 from foldgroup.folding import Folded
@@ -314,3 +315,22 @@ def plans_of(folded: Folded, costs: Mapping[Variant, Costs]) -> dict[Variant, Pl
     tables = {variant: source.table if source.asked else source(calls) for variant, source in costs.items()}
     planned_by = next(iter(tables.values()))
     return {variant: Plan(folded, table, planned_by) for variant, table in tables.items()}
+
+
+def forms_of(precisions: Sequence[str], choices: Mapping[Variant, Tuned]) -> tuple[dict[str, Form], dict[Variant, str]]:
+    """The networks to write, by their key in the manifest, and the key of each variant.
+
+    A precision's own is that of its first variant; another variant has its own where it runs another form.
+    """
+    forms: dict[str, Form] = {}
+    key_of: dict[Variant, str] = {}
+    for variant, choice in choices.items():
+        form = choice.plan.form(variant.precision)
+        alike = next((key for key, other in forms.items() if _same(key, other, variant, form)), None)
+        key_of[variant] = alike or (str(variant) if variant.precision in forms else variant.precision)
+        forms.setdefault(key_of[variant], form)
+    return {key: forms[key] for key in sorted(forms, key=lambda key: (key not in precisions, key))}, key_of
+
+
+def _same(key: str, other: Form, variant: Variant, form: Form) -> bool:
+    return precision_of(key) == variant.precision and other.same_as(form)

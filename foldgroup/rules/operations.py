@@ -1,244 +1,34 @@
-"""What each operation does to channels: one rule per kind of operation, unknown = barrier, never a guess.
-
-A tensor has at most one *channel axis*: dimension 1 of the network's input and of what convolutions return, the last
-one behind a permute to channels-last, none where channels were summed away. A rule is a function of a :class:`Call`
-that says how the channel axes of its operands and of its result relate:
-
-* :class:`Through`: the result has its operands' channels in their order (ReLU, Add, pooling, flatten …).
-* :class:`Mixes`: a dense weight reads the operand's channels and makes new ones. It takes up any order of either side.
-* :class:`Groups`: the same for a grouped weight, which connects neighbouring channels only.
-* :class:`Joins`, :class:`Splits`, :class:`Takes`: concatenation, splitting and slicing of the channel axis.
-* :class:`Shuffles`: a fixed reordering.
-* :class:`Constant`: a parameter that the network reads directly; it can be written in any order.
-* :class:`Reads`: the result does not depend on the order (sums over channels, shapes) and has no channels.
-* :class:`Barrier`: positions matter in a way that no rule describes. Operands and result keep their order.
-
-A rule is added by one entry in :data:`MODULE_RULES` or :data:`CALL_RULES`.
-"""
+"""One rule per kind of operation: what it does to channels, or why that cannot be said."""
 
 from __future__ import annotations
 
-import builtins
-import operator
-from collections import Counter
-from collections.abc import Callable, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, fx, nn
-from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd
 
-from foldgroup.channel_order import ChannelOrder
 from foldgroup.forms import ChannelShuffle
-from foldgroup.trace import called_module, shape_of
+from foldgroup.rules.kinds import (
+    Barrier,
+    Call,
+    Constant,
+    Groups,
+    Joins,
+    Mixes,
+    Reads,
+    Rule,
+    RuleOf,
+    Shuffles,
+    Splits,
+    Takes,
+    Through,
+)
+from foldgroup.trace import shape_of
 
-
-@dataclass(frozen=True)
-class Rule:
-    """Base of all rules."""
-
-
-@dataclass(frozen=True)
-class Through(Rule):
-    """Channel c of every operand becomes channels c·repeat … c·repeat + repeat − 1 of the result.
-
-    With ``carries``, the tensors of the module follow the result's order along their dimension 0. With ``groups``, the
-    operation normalises over that many runs of channels, which an order must keep together.
-    """
-
-    operands: tuple[fx.Node, ...]
-    axis: int = 1
-    carries: bool = False
-    repeat: int = 1
-    groups: int = 1
-
-
-@dataclass(frozen=True)
-class Mixes(Rule):
-    """A weight reads the channels of ``operand`` and writes new ones."""
-
-    operand: fx.Node
-    axis: int = 1
-
-
-@dataclass(frozen=True)
-class Groups(Rule):
-    """A convolution of ``groups`` groups: run γ of the result's channels reads run γ of the operand's."""
-
-    operand: fx.Node
-    groups: int
-    axis: int = 1
-
-
-@dataclass(frozen=True)
-class Joins(Rule):
-    """The result's channels are those of the operands, one operand after the other."""
-
-    operands: tuple[fx.Node, ...]
-    axis: int = 1
-
-
-@dataclass(frozen=True)
-class Splits(Rule):
-    """The result is a tuple of neighbouring parts of the operand's channels, of these ``sizes``."""
-
-    operand: fx.Node
-    sizes: tuple[int, ...]
-    axis: int = 1
-
-
-@dataclass(frozen=True)
-class Takes(Rule):
-    """The result's channels are ``start`` … ``stop`` − 1 of the operand's. ``operand`` may be a tuple, from Splits."""
-
-    operand: fx.Node
-    start: int
-    stop: int
-    axis: int = 1
-
-
-@dataclass(frozen=True)
-class Shuffles(Rule):
-    """The result is the operand with its channels in ``order``."""
-
-    operand: fx.Node
-    order: ChannelOrder
-    axis: int = 1
-
-
-@dataclass(frozen=True)
-class Constant(Rule):
-    """A tensor of the network. ``axis`` is where its readers expect channels; None if they expect none."""
-
-    axis: int | None = None
-
-
-@dataclass(frozen=True)
-class Reads(Rule):
-    """The result, which has no channels, is the same for every order of the operands."""
-
-
-@dataclass(frozen=True)
-class Barrier(Rule):
-    """All operands and the result keep their order, for ``reason``."""
-
-    reason: str
-
-
-@dataclass
-class Call:
-    """A node whose rule is asked for, and the channel axes known so far."""
-
-    graph: fx.GraphModule
-    node: fx.Node
-    rules: dict[fx.Node, Rule]
-    module: nn.Module | None = None
-    axes: dict[fx.Node, int | None] = field(default_factory=dict)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The result's shape, batch first; empty if it is no tensor."""
-        return shape_of(self.node)
-
-    @property
-    def first(self) -> fx.Node:
-        """The first operand."""
-        return self.node.all_input_nodes[0]
-
-    @property
-    def tensors(self) -> list[fx.Node]:
-        """The operands that are tensors."""
-        return [operand for operand in self.node.all_input_nodes if shape_of(operand)]
-
-    def axis(self, operand: fx.Node) -> int | None:
-        """The channel axis of an operand, as far as it is known."""
-        return self.axes.get(operand)
-
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """An argument of the call by its place or name; torch also takes NumPy's name for a dimension."""
-        if len(self.node.args) > position:
-            return self.node.args[position]
-        kwargs = self.node.kwargs
-        return kwargs.get("axis", default) if name == "dim" and name not in kwargs else kwargs.get(name, default)
-
-
-RuleOf = Callable[[Call], Rule]
-
-
-def rules_of(graph: fx.GraphModule, *, to_change: bool = True) -> tuple[dict[fx.Node, Rule], dict[fx.Node, int | None]]:
-    """The rule of every node of ``graph``, whose nodes carry shapes, and the channel axis of every tensor.
-
-    What is used in several places cannot follow the orders of all of them: unless the graph is only to be read, and not
-    ``to_change``, it is a barrier.
-    """
-    shared: Set[str] = shared_modules(graph) if to_change else set()
-    reads = Counter(node.target for node in graph.graph.nodes if node.op == "get_attr")
-    read_often = {target for target, count in reads.items() if count > 1} if to_change else set()
-    rules: dict[fx.Node, Rule] = {}
-    axes: dict[fx.Node, int | None] = {}
-    for node in graph.graph.nodes:
-        call = Call(graph, node, rules, called_module(graph, node), axes)
-        rule = _rule(call, shared)
-        if isinstance(rule, Constant) and (node.target in read_often or _owner(node) in shared):
-            rule = Barrier(f"{node.target} is used more than once")
-        axes.setdefault(node, _axis_of(rule, call))
-        rules[node] = rule
-    for node, rule in rules.items():
-        if isinstance(rule, Constant):
-            rules[node] = Constant(axes[node])
-    return rules, axes
-
-
-def _rule(call: Call, shared: Set[str]) -> Rule:
-    node, module = call.node, call.module
-    if node.op == "placeholder":
-        return Barrier("network input")
-    if node.op == "output":
-        return Barrier("network output")
-    if node.op == "get_attr":
-        return Constant()
-    if module is not None:
-        if type(module) not in MODULE_RULES:
-            return Barrier(f"no rule for {type(module).__name__} ({node.target})")
-        rule = MODULE_RULES[type(module)](call)
-        follows = isinstance(rule, Mixes | Groups) or (isinstance(rule, Through) and rule.carries)
-        if follows and node.target in shared:
-            return Barrier(f"{node.target} is used more than once")
-        return rule
-    if not any(shape_of(o) or isinstance(call.rules[o], Splits | Barrier) for o in node.all_input_nodes):
-        return Reads() if not shape_of(node) else Barrier(f"{node.name} makes a tensor from none")
-    if node.target not in CALL_RULES:
-        return Barrier(f"no rule for {node.op} {getattr(node.target, '__name__', node.target)}")
-    return CALL_RULES[node.target](call)
-
-
-def _axis_of(rule: Rule, call: Call) -> int | None:
-    if isinstance(rule, Barrier):
-        return 1 if len(call.shape) >= 2 else None
-    return getattr(rule, "axis", None) if call.shape else None
-
-
-def shared_modules(graph: fx.GraphModule) -> set[str]:
-    """Names of modules that several nodes call, or whose parameters another module holds or a node reads directly."""
-    targets = [str(n.target) for n in graph.graph.nodes if n.op == "call_module"]
-    calls = Counter(targets)
-    holders: dict[int, set[str]] = {}
-    for target in calls:
-        for tensor in graph.get_submodule(target).parameters():
-            holders.setdefault(id(tensor), set()).add(target)
-    tied = {target for group in holders.values() if len(group) > 1 for target in group}
-    read = {_owner(n) for n in graph.graph.nodes if n.op == "get_attr"}
-    return tied | (calls.keys() & read) | {target for target, count in calls.items() if count > 1}
-
-
-def _owner(node: fx.Node) -> str:
-    return str(node.target).rpartition(".")[0]
-
-
-# ---- one rule per kind of operation ----------------------------------------------------------------------------
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 def elementwise(call: Call) -> Rule:
@@ -337,14 +127,14 @@ def per_channel(call: Call) -> Rule:
     rule = of_first(call)
     if not isinstance(rule, Through):
         return rule
-    if rule.axis != 1 or (isinstance(call.module, _INSTANCE_NORMS) and len(call.shape) == 2 + _image_rank(call.module)):
+    if rule.axis != 1 or (isinstance(call.module, INSTANCE_NORMS) and len(call.shape) == 2 + _image_rank(call.module)):
         return Barrier(f"{call.node.target} works on dimension 1, which is not the channels")
     return Through(rule.operands, 1, carries=True)
 
 
 def _image_rank(module: nn.Module) -> int:
     """InstanceNorm1d takes [C, L] as one image, 2d [C, H, W], 3d [C, D, H, W]: so many more than rank 2."""
-    return _INSTANCE_NORMS.index(type(module))
+    return INSTANCE_NORMS.index(type(module))
 
 
 def group_norm(call: Call) -> Rule:
@@ -398,7 +188,7 @@ def prelu(call: Call) -> Rule:
 def convolution(call: Call) -> Rule:
     """Dense, depthwise, or grouped."""
     conv = call.module
-    assert isinstance(conv, _CONVS)
+    assert isinstance(conv, _ConvNd)
     if len(shape_of(call.first)) != len(conv.kernel_size) + 2:
         return Barrier(f"{call.node.target} reads a tensor that is not [N, C] and {len(conv.kernel_size)} more")
     if call.axis(call.first) != 1:
@@ -583,95 +373,3 @@ def shuffle(call: Call) -> Rule:
     if call.axis(call.first) != call.module.dim:
         return Barrier(f"{call.node.target} works on dimension {call.module.dim}, which is not the channels")
     return Shuffles(call.first, call.module.order, call.module.dim)
-
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-
-_ACTIVATIONS = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus),
-    *(nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Hardshrink, nn.Softshrink, nn.Sigmoid, nn.LogSigmoid, nn.Tanh),
-    *(nn.Softsign, nn.Tanhshrink, nn.Threshold),
-)
-_NO_OPS = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
-MODULE_RULES: dict[type[nn.Module], RuleOf] = {
-    **dict.fromkeys((*_ACTIVATIONS, *_NO_OPS), of_first),
-    **dict.fromkeys((nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.LPPool1d), spatial(1)),
-    **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d), spatial(2)),
-    **dict.fromkeys((nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d), spatial(3)),
-    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), over_positions),
-    **dict.fromkeys((nn.ZeroPad1d, nn.ConstantPad1d, nn.ReflectionPad1d, nn.ReplicationPad1d), spatial(1)),
-    **dict.fromkeys((nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d), spatial(2)),
-    **dict.fromkeys((nn.ZeroPad3d, nn.ConstantPad3d, nn.ReflectionPad3d, nn.ReplicationPad3d), spatial(3)),
-    **dict.fromkeys((nn.CircularPad1d,), spatial(1)),
-    **dict.fromkeys((nn.CircularPad2d,), spatial(2)),
-    **dict.fromkeys((nn.CircularPad3d,), spatial(3)),
-    **dict.fromkeys((nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d), of_first),
-    **dict.fromkeys((nn.Flatten, nn.Unflatten), reshape),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *_INSTANCE_NORMS), per_channel),
-    **dict.fromkeys(_CONVS, convolution),
-    nn.GroupNorm: group_norm,
-    nn.LayerNorm: layer_norm,
-    nn.PReLU: prelu,
-    nn.Linear: linear,
-    ChannelShuffle: shuffle,
-}
-"""By exact class: a subclass may compute anything, so it has no rule until it is given one."""
-
-_BINARY = ("add", "sub", "mul", "truediv")
-_POINTWISE = (
-    *("abs", "exp", "log", "neg", "reciprocal", "relu", "round", "rsqrt", "sigmoid", "sqrt", "square"),
-    *("tanh", "sin", "cos", "erf", "floor", "ceil"),
-)
-_FUNCTIONALS = (
-    *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "hardswish"),
-    *("hardsigmoid", "hardtanh", "logsigmoid", "softsign", "normalize"),
-)
-
-
-def _functions() -> dict[object, RuleOf]:
-    """Functions, and methods by name."""
-    rules: dict[object, RuleOf] = {}
-    for name in _BINARY:
-        rules |= dict.fromkeys((getattr(operator, name), getattr(operator, f"i{name}")), elementwise)
-    rules[operator.pow] = elementwise
-    for name in ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "pow", "clamp", "clip"):
-        rules |= dict.fromkeys((getattr(torch, name), name, f"{name}_"), elementwise)
-    for name in ("maximum", "minimum"):
-        rules |= dict.fromkeys((getattr(torch, name), name), elementwise)
-    rules |= dict.fromkeys((torch.where, torch.lerp, torch.addcmul), elementwise)
-    for name in _POINTWISE:
-        rules |= dict.fromkeys((getattr(torch, name), name, f"{name}_"), of_first)
-    rules |= dict.fromkeys((getattr(functional, name) for name in _FUNCTIONALS), of_first)
-    rules |= dict.fromkeys((operator.neg, torch.clone, "contiguous", "clone", "detach"), of_first)
-    rules |= dict.fromkeys(("float", "double", "half", "bfloat16", "to"), of_first)
-    rules |= dict.fromkeys((functional.dropout, functional.dropout2d, functional.dropout3d), dropping(2))
-    rules |= {torch.dropout: dropping(2, "train"), torchvision.ops.stochastic_depth: dropping(3)}
-    for n in (1, 2, 3):
-        for pool in (f"max_pool{n}d", f"avg_pool{n}d", f"adaptive_avg_pool{n}d", f"adaptive_max_pool{n}d"):
-            rules[getattr(functional, pool)] = spatial(n)
-    rules[functional.interpolate] = over_positions
-    rules[functional.pad] = padding
-    rules |= dict.fromkeys((functional.softmax, functional.log_softmax, torch.softmax, torch.log_softmax), of_first)
-    rules |= dict.fromkeys(("softmax", "log_softmax"), of_first)
-    rules[functional.layer_norm] = layer_norm
-    for name in ("flatten", "reshape", "squeeze", "unsqueeze", "unflatten"):
-        rules |= dict.fromkeys((getattr(torch, name), name), reshape)
-    rules["view"] = reshape
-    rules |= dict.fromkeys((torch.permute, "permute"), permute)
-    rules |= dict.fromkeys((torch.transpose, torch.swapaxes, "transpose", "swapaxes"), transpose)
-    for name in ("mean", "sum", "amax", "amin", "var", "std", "prod", "logsumexp"):
-        rules |= dict.fromkeys((getattr(torch, name), name), reduction)
-    rules |= dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenation)
-    rules |= dict.fromkeys((torch.chunk, "chunk"), splitting(torch.chunk, "chunks"))
-    rules |= dict.fromkeys((torch.split, "split"), splitting(torch.split, "split_size_or_sections"))
-    rules |= dict.fromkeys((torch.narrow, "narrow"), narrow)
-    rules[operator.getitem] = item
-    rules |= dict.fromkeys(("size", "dim", "numel", "ndimension"), shape_only)
-    rules[builtins.getattr] = attribute
-    return rules
-
-
-CALL_RULES: dict[object, RuleOf] = _functions()
-"""Functions, and methods by name."""

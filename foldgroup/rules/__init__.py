@@ -1,0 +1,130 @@
+"""What each operation does to channels: one rule per kind of operation, unknown = barrier, never a guess.
+
+A tensor has at most one *channel axis*: dimension 1 of the network's input and of what convolutions return, the last
+one behind a permute to channels-last, none where channels were summed away. A rule is a function of a :class:`Call`
+that says how the channel axes of its operands and of its result relate:
+
+* :class:`Through`: the result has its operands' channels in their order (ReLU, Add, pooling, flatten …).
+* :class:`Mixes`: a dense weight reads the operand's channels and makes new ones. It takes up any order of either side.
+* :class:`Groups`: the same for a grouped weight, which connects neighbouring channels only.
+* :class:`Joins`, :class:`Splits`, :class:`Takes`: concatenation, splitting and slicing of the channel axis.
+* :class:`Shuffles`: a fixed reordering.
+* :class:`Constant`: a parameter that the network reads directly; it can be written in any order.
+* :class:`Reads`: the result does not depend on the order (sums over channels, shapes) and has no channels.
+* :class:`Barrier`: positions matter in a way that no rule describes. Operands and result keep their order.
+
+A rule is added by one entry in :data:`MODULE_RULES` or :data:`CALL_RULES` (``table.py``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Set
+
+from torch import fx
+
+from foldgroup.rules.kinds import (
+    Barrier,
+    Call,
+    Constant,
+    Groups,
+    Joins,
+    Mixes,
+    Reads,
+    Rule,
+    Shuffles,
+    Splits,
+    Takes,
+    Through,
+)
+from foldgroup.rules.table import CALL_RULES, MODULE_RULES
+from foldgroup.trace import called_module, shape_of
+
+__all__ = [
+    "CALL_RULES",
+    "MODULE_RULES",
+    "Barrier",
+    "Call",
+    "Constant",
+    "Groups",
+    "Joins",
+    "Mixes",
+    "Reads",
+    "Rule",
+    "Shuffles",
+    "Splits",
+    "Takes",
+    "Through",
+    "rules_of",
+    "shared_modules",
+]
+
+
+def rules_of(graph: fx.GraphModule, *, to_change: bool = True) -> tuple[dict[fx.Node, Rule], dict[fx.Node, int | None]]:
+    """The rule of every node of ``graph``, whose nodes carry shapes, and the channel axis of every tensor.
+
+    What is used in several places cannot follow the orders of all of them: unless the graph is only to be read, and not
+    ``to_change``, it is a barrier.
+    """
+    shared: Set[str] = shared_modules(graph) if to_change else set()
+    reads = Counter(node.target for node in graph.graph.nodes if node.op == "get_attr")
+    read_often = {target for target, count in reads.items() if count > 1} if to_change else set()
+    rules: dict[fx.Node, Rule] = {}
+    axes: dict[fx.Node, int | None] = {}
+    for node in graph.graph.nodes:
+        call = Call(graph, node, rules, called_module(graph, node), axes)
+        rule = _rule(call, shared)
+        if isinstance(rule, Constant) and (node.target in read_often or _owner(node) in shared):
+            rule = Barrier(f"{node.target} is used more than once")
+        axes.setdefault(node, _axis_of(rule, call))
+        rules[node] = rule
+    for node, rule in rules.items():
+        if isinstance(rule, Constant):
+            rules[node] = Constant(axes[node])
+    return rules, axes
+
+
+def _rule(call: Call, shared: Set[str]) -> Rule:
+    node, module = call.node, call.module
+    if node.op == "placeholder":
+        return Barrier("network input")
+    if node.op == "output":
+        return Barrier("network output")
+    if node.op == "get_attr":
+        return Constant()
+    if module is not None:
+        if type(module) not in MODULE_RULES:
+            return Barrier(f"no rule for {type(module).__name__} ({node.target})")
+        rule = MODULE_RULES[type(module)](call)
+        follows = isinstance(rule, Mixes | Groups) or (isinstance(rule, Through) and rule.carries)
+        if follows and node.target in shared:
+            return Barrier(f"{node.target} is used more than once")
+        return rule
+    if not any(shape_of(o) or isinstance(call.rules[o], Splits | Barrier) for o in node.all_input_nodes):
+        return Reads() if not shape_of(node) else Barrier(f"{node.name} makes a tensor from none")
+    if node.target not in CALL_RULES:
+        return Barrier(f"no rule for {node.op} {getattr(node.target, '__name__', node.target)}")
+    return CALL_RULES[node.target](call)
+
+
+def _axis_of(rule: Rule, call: Call) -> int | None:
+    if isinstance(rule, Barrier):
+        return 1 if len(call.shape) >= 2 else None
+    return getattr(rule, "axis", None) if call.shape else None
+
+
+def shared_modules(graph: fx.GraphModule) -> set[str]:
+    """Names of modules that several nodes call, or whose parameters another module holds or a node reads directly."""
+    targets = [str(n.target) for n in graph.graph.nodes if n.op == "call_module"]
+    calls = Counter(targets)
+    holders: dict[int, set[str]] = {}
+    for target in calls:
+        for tensor in graph.get_submodule(target).parameters():
+            holders.setdefault(id(tensor), set()).add(target)
+    tied = {target for group in holders.values() if len(group) > 1 for target in group}
+    read = {_owner(n) for n in graph.graph.nodes if n.op == "get_attr"}
+    return tied | (calls.keys() & read) | {target for target, count in calls.items() if count > 1}
+
+
+def _owner(node: fx.Node) -> str:
+    return str(node.target).rpartition(".")[0]
