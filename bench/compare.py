@@ -111,7 +111,7 @@ def settings(threads: int) -> dict[str, list[Setting]]:
     found["threads"].append(Setting(f"{main} {threads} threads", tuple(few), threads=threads))
     for batch in (8, 64):
         for count in (1, threads):
-            setting = Setting(f"{main} batch {batch}, {count} threads", tuple(few), count, batch, 60.0)
+            setting = Setting(f"{main} batch {batch}, {count} threads", tuple(few), count, batch, 180.0)
             found["throughput"].append(setting)
     for name in ("example", main):
         baseline = () if name == "example" else ("plain", "tuned")

@@ -2,6 +2,8 @@
 
     python -m bench.compile_time
 
+Every compile is made several times, in turns with the others; what is kept is the one of median time, with the range.
+
 This process imports no torch before the compiles have ended: a child's peak memory, as the system counts it, is at
 least what its parent held when it was started.
 """
@@ -75,17 +77,23 @@ def main() -> None:
     parser.add_argument("--arch", action="append", help="default: g_resnext50 and g_resnext101")
     parser.add_argument("--threads", type=int, default=2, help="processor cores to use")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeat", type=int, default=5, help="how often to compile each")
     parser.add_argument("--no-engine", action="store_true", help="leave the TensorRT-RTX engine out")
     parser.add_argument("--json", type=Path, default=RESULT, help="file to write")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     if hasattr(os, "sched_setaffinity"):  # for what does not ask OpenMP, such as ONNX Runtime; children inherit it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
-    results = []
-    for arch in arguments.arch or ["g_resnext50", "g_resnext101"]:
-        for engine in (False,) if arguments.no_engine else (False, True):
+    kinds = [
+        (arch, engine)
+        for arch in arguments.arch or ["g_resnext50", "g_resnext101"]
+        for engine in ((False,) if arguments.no_engine else (False, True))
+    ]
+    made: dict[tuple[str, bool], list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    for _ in range(arguments.repeat):
+        for arch, engine in kinds:
             result = compile_once(arch, arguments.seed, engine)
-            results.append(result)
+            made[arch, engine].append(result)
             print(
                 f"{arch}: {result['wall_seconds']:.1f} s, {result['peak_rss_bytes'] / 1e9:.2f} GB, "
                 f"{result['shuffles_kept']} of {result['shuffles_inserted']} shuffles kept, "
@@ -95,8 +103,18 @@ def main() -> None:
             )
     from foldgroup.measure import machine
 
-    document = {"threads": arguments.threads, "runs": results, "machine": machine()}
+    document = {
+        "threads": arguments.threads,
+        "runs": [_median(results) for results in made.values()],
+        "machine": machine(),
+    }
     arguments.json.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _median(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run of median time, with all times under ``wall_seconds_all``."""
+    ranked = sorted(results, key=lambda result: float(result["wall_seconds"]))
+    return {**ranked[len(ranked) // 2], "wall_seconds_all": [result["wall_seconds"] for result in ranked]}
 
 
 if __name__ == "__main__":

@@ -66,18 +66,20 @@ def _studies(document: dict[str, Any]) -> str:
 
 
 def _compiling(document: dict[str, Any]) -> list[str]:
-    """What compiling takes, and its longest steps; starting up is what is outside of all."""
+    """What compiling takes, and its longest steps."""
     lines = [
         f"From a checkpoint to a verified bundle, in a fresh process, on {_cpu(document['machine'])}:",
         "",
-        "| network | to | seconds | memory | shuffles inserted, kept | float64 error | longest steps |",
+        "| network | to | seconds (range) | memory | shuffles inserted, kept | float64 error | longest steps |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for run in document["runs"]:
-        steps = {**run["step_seconds"], "start": run["wall_seconds"] - sum(run["step_seconds"].values())}
+        around = run["wall_seconds"] - sum(run["step_seconds"].values())
+        steps = {**run["step_seconds"], "importing torch and writing files": around}
         longest = sorted(steps.items(), key=lambda item: -item[1])[:4]
         row = [label(run["arch"]), "ONNX, engine for three GPUs" if run["engines"] else "ONNX"]
-        row += [f"{run['wall_seconds']:.1f}", f"{run['peak_rss_bytes'] / 1e9:.1f} GB"]
+        every = run["wall_seconds_all"]
+        row += [f"{run['wall_seconds']:.1f} ({every[0]:.1f}–{every[-1]:.1f})", f"{run['peak_rss_bytes'] / 1e9:.1f} GB"]
         row += [f"{run['shuffles_inserted']}, {run['shuffles_kept']}", f"{run['float64_max_error']:.0e}"]
         row += [", ".join(f"{name} {seconds:.1f} s" for name, seconds in longest)]
         lines.append(f"| {' | '.join(row)} |")
@@ -124,7 +126,7 @@ def _throughput(settings: dict[str, Any]) -> list[str]:
         if setting["batch"] > 1 and setting["speed_ups"]:
             tuned = setting["speed_ups"][0]["of"]
             found = {_other(entry["over"]): entry for entry in setting["speed_ups"]}
-            than = [f"{found[other]['value']:.2f} times {other}" for other in OTHERS if other in found]
+            than = [f"{_ratio(found[other], 2)} times {other}" for other in OTHERS if other in found]
             lines.append(
                 f"- {label(tuned)}, batch {setting['batch']}, {setting['threads']} thread"
                 f"{'s' * (setting['threads'] > 1)}: {setting['subjects'][tuned]['images_per_second']:.1f} images/s, "
@@ -170,8 +172,12 @@ def _other(subject: str) -> str:
     return family if form == "plain" else f"{form} {family}"
 
 
-def _ratio(entry: dict[str, float] | None) -> str:
-    return f"{entry['value']:.3f} ({entry['low']:.3f}–{entry['high']:.3f})" if entry else ""
+def _ratio(entry: dict[str, float] | None, digits: int = 3) -> str:
+    """With its 95 % interval; nothing if it was not measured."""
+    if not entry:
+        return ""
+    value, low, high = (f"{entry[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} ({low}–{high})"
 
 
 def _targets(document: dict[str, Any]) -> list[str]:
@@ -193,7 +199,7 @@ def _targets(document: dict[str, Any]) -> list[str]:
     for number, subject in enumerate(folded):
         ratio = ratios[subject["name"]] if number else None
         row = [subject["runs_on"], f"{subject['median_ms']:.2f}"]
-        row += [f"{ratio['value']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else ""]
+        row += [_ratio(ratio, 2)]
         row += [f"{subject['file_bytes'] / 1e6:.1f} MB"]
         if known:
             row += [f"{accuracy[subject['runs_on']]['top1']:.2%}"]
