@@ -30,13 +30,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from foldgroup import rules as ops
 from foldgroup.channel_order import ChannelOrder
-from foldgroup.channels import ChannelGraph, Segment, as_order
+from foldgroup.channels import ChannelGraph, as_order
 from foldgroup.conv_shape import grouped_convs
 from foldgroup.forms import ChannelShuffle, conv_like, with_tensors
 from foldgroup.pipeline import Note, Pass, PassResult, ShuffleEntry, Stage
 from foldgroup.planning.cost import Cost, CostModel, CostSource
 from foldgroup.planning.report import conflict, describe
 from foldgroup.planning.solver import Solution, solve
+from foldgroup.segments import Segment
 from foldgroup.trace import called_module, fork
 
 

@@ -39,12 +39,13 @@ from torch import Tensor, fx, nn
 
 from foldgroup.certificate import Claim, certify
 from foldgroup.channel_order import ChannelOrder
-from foldgroup.channels import ChannelGraph, Segment
+from foldgroup.channels import ChannelGraph
 from foldgroup.forms import MaskedConv2d, conv_like, with_tensors
 from foldgroup.nn import DGConv2d
 from foldgroup.pipeline import Pipeline
 from foldgroup.planning.solver import Solution
 from foldgroup.reshaping import shuffle_at
+from foldgroup.segments import Segment
 from foldgroup.trace import fork, trace
 from passes import FoldGroups, default_pipeline
 from passes.absorb_shuffles import _Absorption, reordered

@@ -30,10 +30,11 @@ from graphs import (
 from torch import Tensor, fx, nn
 
 from foldgroup.channel_order import ChannelOrder
-from foldgroup.channels import ChannelGraph, Segment, Space, as_order
+from foldgroup.channels import ChannelGraph, Space, as_order
 from foldgroup.pipeline import Pipeline
 from foldgroup.planning.cost import BYTES, CostModel
 from foldgroup.planning.solver import solve
+from foldgroup.segments import Segment
 from passes import default_pipeline
 
 Layer = nn.Module | Callable[[Tensor], Tensor]

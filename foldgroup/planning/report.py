@@ -7,9 +7,10 @@ from math import isfinite
 from typing import Any
 
 from foldgroup import rules as ops
-from foldgroup.channels import ChannelGraph, Grouped, Segment, Space
+from foldgroup.channels import ChannelGraph, Grouped, Space
 from foldgroup.planning.problem import Flag, Problem, common_prefix
 from foldgroup.planning.solver import Solution, without_shuffles
+from foldgroup.segments import Segment
 
 
 def describe(channels: ChannelGraph, solution: Solution) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from strategies import quick
 from torch import fx, nn
 
-from foldgroup import channels, rules
+from foldgroup import rules, segments
 from foldgroup.channels import ChannelGraph
 from foldgroup.pipeline import Pipeline
 from foldgroup.planning.cost import CostModel
@@ -155,7 +155,7 @@ def test_no_order_no_shuffle_and_no_coarser_groups_beat_the_plan(model, macs_per
     cost = CostModel(macs_per_byte)
     graph = BEFORE.run(trace(filled(model), (2, 3, 5, 5))).graph
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(channels, "FUSED", 1.0)  # the brute force knows no fusing
+        patch.setattr(segments, "FUSED", 1.0)  # the brute force knows no fusing
         asked = ChannelGraph(fork(graph), cost)
         solution = solve(asked.problem)
     assert solution.exact and not asked.entangled
