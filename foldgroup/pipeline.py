@@ -285,6 +285,9 @@ def _run_checked(step: Pass, graph: fx.GraphModule, gives: Stage, sums: _Checksu
     return result, {place: after[place] for place in shared & after.keys()}
 
 
+_LARGE = 1 << 20
+"""Bytes of a tensor from which on its checksum is worth a thread."""
+
 _Place: TypeAlias = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
 _Checksums: TypeAlias = dict[_Place, int]
 """Checksums of tensors by where they are in memory: good for as long as the tensors exist."""
@@ -311,8 +314,10 @@ def _contents(graph: fx.GraphModule, sums: _Checksums) -> dict[str, object]:
     contents |= {name: settings(module) for name, module in graph.named_modules() if name}
     tensors = {name: (_place(tensor), tensor) for name, tensor in _tensors(graph)}
     new = {place: tensor for place, tensor in tensors.values() if place not in sums}
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # sums of large tensors let other threads run
-        sums.update(zip(new, pool.map(_checksum, new.values()), strict=True))
+    large = [place for place, tensor in new.items() if tensor.nbytes >= _LARGE]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # these sums let other threads run
+        sums.update(zip(large, pool.map(_checksum, map(new.__getitem__, large)), strict=True))
+    sums.update((place, _checksum(tensor)) for place, tensor in new.items() if place not in sums)
     return contents | {name: (place, sums[place]) for name, (place, _) in tensors.items()}
 
 
