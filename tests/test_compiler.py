@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,17 +15,22 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from torch import fx, nn
 
 from foldgroup.benchmarking import benchmark
 from foldgroup.bundle import Bundle, read_bundle
 from foldgroup.candidates import FOLDED
 from foldgroup.checkpoint import Preprocessing, save_checkpoint
-from foldgroup.compiler import compile
+from foldgroup.compiler import _golden, compile
 from foldgroup.emit import tensorrt
 from foldgroup.engines import EngineSettings
 from foldgroup.errors import BundleError, EmitError, EquivalenceError, FoldgroupError, RunnerError, TargetError
+from foldgroup.golden import Golden
 from foldgroup.nn import BottleneckConfig, GroupableResNet, StageConfig
+from foldgroup.pipeline import Pass, PassResult
+from foldgroup.trace import fork
 from foldgroup.verifier import verify
+from passes import default_pipeline
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 CPU = ("onnxruntime", "openvino")
@@ -380,3 +387,29 @@ def test_a_range_of_batches_is_that_of_the_engine(tiny_checkpoint: Path, tmp_pat
     (engine,) = bundle.engines["engines"]
     assert engine["batch"] == [2, 4, 16]
     assert bundle.manifest["input"]["shape"][0] == "batch"
+
+
+def test_passes_of_others_wait_for_what_runs_beside_them(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may trace, which changes what it is to call a module, in every thread."""
+    done: list[str] = []
+
+    def slowly(*arguments: Any) -> Golden:
+        golden = _golden(*arguments)
+        time.sleep(0.5)
+        done.append("reference")
+        return golden
+
+    class Tracing(Pass):
+        name = "tracing"
+
+        def run(self, graph: fx.GraphModule) -> PassResult:
+            done.append(self.name)
+            fx.symbolic_trace(nn.Sequential(nn.ReLU()))
+            return PassResult(fork(graph))
+
+    monkeypatch.setattr("foldgroup.compiler._golden", slowly)
+    pipeline = default_pipeline().insert(Tracing(), before="decode_gates")
+    compile(tiny_checkpoint, tmp_path / "b", engine=False, pipeline=pipeline)
+    assert done == ["reference", "tracing"]
