@@ -31,7 +31,7 @@ def compile_once(arch: str, seed: int, engine: bool) -> dict[str, Any]:
         synthetic = [sys.executable, "-m", "bench.synthetic", arch, str(checkpoint), "--seed", str(seed)]
         subprocess.run(synthetic, check=True)
         options = ["--gpu", GPUS] if engine else ["--no-engine"]
-        command = [sys.executable, "-m", "foldgroup.cli", "compile", str(checkpoint), "-o", str(bundle), *options]
+        command = [sys.executable, "-m", "foldgroup", "compile", str(checkpoint), "-o", str(bundle), *options]
         seconds, peak = run_measured(command)
         manifest, verification, engines = (
             json.loads((bundle / name).read_text(encoding="utf-8"))

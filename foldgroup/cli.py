@@ -348,7 +348,7 @@ def train(
 
     \b
     On several GPUs or machines:
-    torchrun --nproc-per-node 8 -m foldgroup.cli train ...
+    torchrun --nproc-per-node 8 -m foldgroup train ...
     """  # noqa: D301  # click wants the character itself
     from foldgroup.training.settings import settings_of
 

@@ -216,7 +216,7 @@ def with_entry_point(folder: Path, place: str, change: float) -> dict[str, str]:
 
 
 def command(*arguments: object, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "foldgroup.cli", *map(str, arguments)]
+    line = [sys.executable, "-m", "foldgroup", *map(str, arguments)]
     return subprocess.run(line, env=env, capture_output=True, text=True)
 
 
@@ -351,3 +351,29 @@ def test_a_changed_file_of_the_repository_is_found(tiny_checkpoint: Path, tmp_pa
         file.write("# changed\n")
     result = run("verify", bundle)
     assert result.exit_code == 1 and "config.pbtxt" in result.output
+
+
+def test_a_process_that_ends_at_once_ends_as_any_other(tmp_path: Path) -> None:
+    """Exit statuses, what was printed into a pipe, and what was registered to run at exit."""
+    told = tmp_path / "told"
+    start = (
+        "import atexit, pathlib, sys; from foldgroup.__main__ import main; "
+        f"atexit.register(pathlib.Path({str(told)!r}).touch); sys.argv[:] = {{!r}}; main(); print('still here')"
+    )
+    for arguments, status, out in ((["--version"], 0, "foldgroup"), (["inspect", "nothing"], 2, "")):
+        line = [sys.executable, "-c", start.format(["foldgroup", *arguments])]
+        ended = subprocess.run(line, capture_output=True, text=True)
+        assert ended.returncode == status and ended.stdout.startswith(out) and "still here" not in ended.stdout
+        assert told.exists()
+        told.unlink()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_output_that_cannot_be_written_is_one_message() -> None:
+    line = [sys.executable, "-m", "foldgroup", "--help"]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("Error: the output cannot be written")
+    assert ended.stderr.count("\n") == 1
+    closed = subprocess.run(["sh", "-c", f"{sys.executable} -m foldgroup --help >&-"], capture_output=True, text=True)
+    assert closed.returncode == 0 and not closed.stderr

@@ -45,7 +45,7 @@ def test_the_commands_on_the_example_work_in_the_order_given(tmp_path: Path) -> 
     for command in COMMANDS:
         if not command.startswith("uv run foldgroup") or "FOLDER" in command:
             continue
-        line = [sys.executable, "-m", "foldgroup.cli", *shlex.split(command)[3:]]
+        line = [sys.executable, "-m", "foldgroup", *shlex.split(command)[3:]]
         if "bench" in line:
             line[line.index("--seconds") + 1] = "1"
         if "--tune-budget" in line:

@@ -92,5 +92,5 @@ def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess[
     """``foldgroup train`` under torchrun."""
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes]
     line += ["--master-port", free_port()]
-    line += ["-m", "foldgroup.cli", "train", *arguments]
+    line += ["-m", "foldgroup", "train", *arguments]
     return subprocess.run(list(map(str, line)), env=environment(), capture_output=True, text=True, timeout=240)

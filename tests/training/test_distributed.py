@@ -108,7 +108,7 @@ def test_an_error_in_any_process_ends_all_with_one_message(tmp_path: Path) -> No
     images = make_images(tmp_path / "images", 4)
     (images / "red" / "03.png").write_bytes(b"no image")  # the last image: the second process checks it
     options = ["--arch", "g_resnext17_cifar", "--complexity", 16, "--batch-size", 2, "--device", "cpu"]
-    results = together(2, "-m", "foldgroup.cli", "train", images, "-o", tmp_path / "net.pt", *options)
+    results = together(2, "-m", "foldgroup", "train", images, "-o", tmp_path / "net.pt", *options)
     assert [result.returncode for result in results] == [2, 2]
     assert "03.png: not a readable image" in results[0].stderr
     assert results[1].stderr == "Error: process 1 stopped: process 1 failed\n"
