@@ -5,17 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torchvision.models import get_model_builder, list_models
 
 from foldgroup.errors import CheckpointError, ModelError
-from foldgroup.nn import resnext
-from foldgroup.nn.resnext import BottleneckConfig, GroupableResNet, StageConfig
+from foldgroup.nn.resnext import CONFIGS, BottleneckConfig, GroupableResNet, StageConfig
 from foldgroup.safe_load import shown
 
 _FAMILY = (
@@ -27,7 +24,7 @@ _STEMS: dict[tuple[int, ...], Literal["imagenet", "cifar"]] = {(7, 7): "imagenet
 
 def known_archs() -> tuple[str, ...]:
     """The names of foldgroup's own builders in torchvision's registry."""
-    return tuple(name for name in list_models() if get_model_builder(name).__module__ == resnext.__name__)
+    return tuple(sorted(CONFIGS))
 
 
 def infer_config(state: Mapping[str, Tensor]) -> BottleneckConfig:
@@ -70,7 +67,7 @@ def summary(config: BottleneckConfig) -> str:
 def arch_name(config: BottleneckConfig) -> str:
     """The registered builder of this configuration, whatever its classes; else a description: "bottleneck-3-4-6-3"."""
     for name in known_archs():
-        if replace(_default_config(name), num_classes=config.num_classes) == config:
+        if replace(CONFIGS[name], num_classes=config.num_classes) == config:
             return name
     return "bottleneck-" + "-".join(str(stage.blocks) for stage in config.stages)
 
@@ -84,7 +81,7 @@ def named_config(arch: str, state: Mapping[str, Tensor]) -> BottleneckConfig:
     if arch not in known_archs():
         raise CheckpointError(f"unknown architecture {arch!r}: --arch takes one of {', '.join(known_archs())}")
     in_channels, classes = _shape(state, "conv1.weight", 4)[1], _shape(state, "fc.weight", 2)[0]
-    return replace(_default_config(arch), in_channels=in_channels, num_classes=classes)
+    return replace(CONFIGS[arch], in_channels=in_channels, num_classes=classes)
 
 
 def build_and_check(config: BottleneckConfig, state: Mapping[str, Tensor], described_by: str) -> GroupableResNet:
@@ -139,14 +136,6 @@ class _Unfilled(TorchFunctionMode):
 
 
 _FILLING = {Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_}
-
-
-@cache
-def _default_config(arch: str) -> BottleneckConfig:
-    with torch.device("meta"), _Unfilled():
-        model = get_model_builder(arch)()
-    assert isinstance(model, GroupableResNet)
-    return model.config
 
 
 def _shape(state: Mapping[str, Tensor], key: str, dims: int) -> tuple[int, ...]:

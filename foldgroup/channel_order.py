@@ -43,11 +43,11 @@ class ChannelOrder:
 
     def __post_init__(self) -> None:
         """Check the bijection: nothing later needs to."""
-        seen = bytearray(len(self.source))
-        for channel in self.source:
-            if not 0 <= channel < len(seen) or seen[channel]:
-                raise ChannelOrderError(f"not a permutation of {len(seen)} channels: channel {channel} is out of place")
-            seen[channel] = 1
+        count = len(self.source)
+        if len(set(self.source)) == count and (count == 0 or (min(self.source) >= 0 and max(self.source) < count)):
+            return
+        odd = next(c for i, c in enumerate(self.source) if not 0 <= c < count or c in self.source[:i])
+        raise ChannelOrderError(f"not a permutation of {count} channels: channel {odd} is out of place")
 
     @classmethod
     def identity(cls, channels: int) -> ChannelOrder:

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import entry_points
@@ -27,7 +27,7 @@ from foldgroup.emit.quantize import Calibration
 from foldgroup.engines import EngineSettings, build, entry
 from foldgroup.equivalence import TierResult, first_layer_over, seeded_inputs
 from foldgroup.errors import BundleError, CheckpointError, EquivalenceError, TargetError, TraceError, TuningError
-from foldgroup.folding import Traced, check_float64, fold_traced, input_shape_of, shape_like, trace_network
+from foldgroup.folding import Folded, Traced, check_float64, fold_traced, input_shape_of, shape_like, trace_network
 from foldgroup.golden import Golden
 from foldgroup.handover import TRITON, Repository, served_name, triton
 from foldgroup.images import unlabelled
@@ -159,16 +159,18 @@ def compile(
     refold = partial(fold_traced, traced, pipeline=pipeline, check_passes=check_passes)
     costs = {variant: Costs(variant, replace(tuning, measure=False)) for variant in onnx_first(chosen)}
     dumped = None if dump_passes is None else Path(dump_passes)
-    with ThreadPoolExecutor(1) as beside:  # passes are Python, torch lets other threads run while it computes
-        golden_made = beside.submit(_golden, traced, data)
-        if pipeline is not None or entry_points(group=ENTRY_POINTS):
-            wait([golden_made])  # tracing changes what it is to call a module, and other passes may do that
-        folded = refold(cost=next(iter(costs.values())), dump_passes=dumped, on_step=clock)
-        golden = golden_made.result()
-    clock("float64")
+    others = pipeline is not None or bool(entry_points(group=ENTRY_POINTS))
+    beside = ThreadPoolExecutor(1)  # all here is Python, torch lets other threads run while it computes
+    golden_made = beside.submit(_golden, traced, data)
+    if others:
+        wait([golden_made])  # tracing changes what it is to call a module, and other passes may do that
+    folded = refold(cost=next(iter(costs.values())), dump_passes=dumped, on_step=clock)
+    if others:
+        folded.check_certificate()  # packing trusts what it is given
     lower_form = partial(lower, batch=fixed, calibration=data)
     choices = {variant: Tuned(variant, plan) for variant, plan in plans_of(folded, costs).items()}
     if tune:
+        wait([golden_made])  # it would be in the way
         kept = tuple(name for name in keep_float if name != AUTO)
 
         def whole(form: Form, variant: Variant) -> bytes:
@@ -180,14 +182,11 @@ def compile(
         choices = tuner.tune({variant: choice.plan for variant, choice in choices.items()})
         folded = next(iter(choices.values())).plan.folded
         clock("tuning")
-    with ThreadPoolExecutor(1) as beside:
-        checked = beside.submit(check_float64, checkpoint.path, folded, golden.inputs, golden.outputs)
-        forms, key_of = forms_of(precisions, choices)
-        clock("packing")
-        error = checked.result()
-    clock("float64")
-    main = forms[first]
-    manifest = manifest_of(checkpoint, replace(folded, certificate=main.certificate), fixed, first, main.graph)
+    checked = beside.submit(_float64_error, folded, golden_made)
+    beside.shutdown(wait=False)
+    forms, key_of = forms_of(precisions, choices)
+    clock("packing")
+    manifest = manifest_of(checkpoint, folded, fixed, first, forms[first])
     path, classes = checkpoint.path, checkpoint.classes
     if classes and classes_of(manifest) != len(classes):
         raise CheckpointError(f"{path}: names {len(classes)} classes, but the network is no classifier of so many")
@@ -209,14 +208,16 @@ def compile(
         ),
         files.PREPROCESSING: to_json({**(asdict(preprocessing) if preprocessing else {}), "classes": list(classes)}),
     }
-    # The dense kernels: most of the memory, and no longer needed. Graphs refer to themselves, so someone has to look.
-    del source, checkpoint, traced, golden_made, folded, checked, refold, choices, costs, main
-    gc.collect()
 
     lower_all = partial(lower_form, keep_float=keep_float, on_step=clock)
-    lowered, errors, tiers = _lowered(forms, lower_all, golden, fixed, clock)
+    lowered, errors, tiers = _lowered(forms, lower_all, golden_made, fixed, clock)
+    golden, error = golden_made.result(), checked.result()
+    # Graphs, most of the memory, are no longer needed; they refer to themselves, so someone has to look.
+    del source, checkpoint, traced, golden_made, folded, checked, refold, choices, costs, forms
+    gc.collect()
+    clock("float64")
     read = {key_of[variant] for variant in chosen if variant.target.takes == "onnx"}
-    onnx_files = {key: _file(key, first, ".onnx") for key in forms if key in read.union(precisions)}
+    onnx_files = {key: _file(key, first, ".onnx") for key in lowered if key in read.union(precisions)}
     content |= {name: lowered[key].model for key, name in onnx_files.items()}
     if bake_preprocessing:
         assert preprocessing is not None
@@ -230,7 +231,6 @@ def compile(
         "targets": [{"target": variant.target.name, "precision": variant.precision} for variant in chosen],
         "files": {name: file_entry(data) for name, data in content.items()},
     }
-    del forms  # their weights are in float64
 
     models = {variant: lowered[key_of[variant]].model for variant in chosen}
     built: dict[Variant, Engine] = {}
@@ -303,10 +303,15 @@ def _golden(traced: Traced, data: CalibrationData | None) -> Golden:
         raise TraceError(f"{traced.checkpoint.path}: {failed}") from failed.__cause__
 
 
+def _float64_error(folded: Folded, golden_made: Future[Golden]) -> float:
+    golden = golden_made.result()
+    return check_float64(folded, golden.inputs, golden.outputs)
+
+
 def _lowered(
     forms: Mapping[str, Form],
     lower_form: Callable[[Form, str], Lowered],
-    golden: Golden,
+    golden_made: Future[Golden],
     batch: int | None,
     clock: _Clock,
 ) -> tuple[dict[str, Lowered], dict[str, dict[str, float]], Tiers]:
@@ -318,6 +323,7 @@ def _lowered(
         name = precision_of(key)
         low = lower_form(form, name)
         if name != "fp32" and key == name:  # packing changes no value: once a precision
+            golden = golden_made.result()
             errors[key] = layer_errors(name, form.graph, low.model, low.keep_float, golden, batch=batch)
             if name in ("fp16", "bf16"):
                 tiers.results[f"rounded {name}"] = rounded_tier(name, form.graph, low.keep_float, golden, errors[key])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -40,13 +41,43 @@ class Traced:
 
 @dataclass(frozen=True)
 class Folded:
-    """A checkpoint's network before and after the passes. ``input_shape`` is [1, C, …]."""
+    """A checkpoint's network before and after the passes; the certificate is made when it is asked for."""
 
-    training: fx.GraphModule
-    folded: fx.GraphModule
+    traced: Traced
     result: PipelineResult
-    certificate: Certificate
-    input_shape: tuple[int, ...]
+
+    @property
+    def training(self) -> fx.GraphModule:
+        """The training form."""
+        return self.traced.training
+
+    @property
+    def folded(self) -> fx.GraphModule:
+        """What the passes made of it."""
+        return self.result.graph
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """[1, C, …]."""
+        return self.traced.input_shape
+
+    @cached_property
+    def certificate(self) -> Certificate:
+        """The proof that both are one network, or where it fails."""
+        return certify(self.training, self.folded)
+
+    def check_certificate(self) -> None:
+        """Make sure of it.
+
+        Raises:
+            EquivalenceError: if the certificate does not hold, with how to find the pass.
+        """
+        if not self.certificate.holds:
+            checkpoint = self.traced.checkpoint
+            raise EquivalenceError(
+                f"{checkpoint.path}: the folded network is not the trained one. {self.certificate.failure}. "
+                f"{_how_to_bisect(checkpoint)} to find the pass"
+            )
 
 
 def trace_network(
@@ -74,9 +105,15 @@ def fold(
     input_size: int | None = None,
     input_shape: Sequence[int] | None = None,
 ) -> Folded:
-    """:func:`trace_network` and :func:`fold_traced` in one; raises what they do."""
+    """Trace the network, run the passes and make sure of the certificate.
+
+    Raises:
+        FoldgroupError: as :func:`trace_network`, :func:`fold_traced` and :meth:`Folded.check_certificate` do.
+    """
     traced = trace_network(checkpoint, input_size=input_size, input_shape=input_shape)
-    return fold_traced(traced, pipeline=pipeline, cost=cost)
+    folded = fold_traced(traced, pipeline=pipeline, cost=cost)
+    folded.check_certificate()
+    return folded
 
 
 def fold_traced(
@@ -88,15 +125,15 @@ def fold_traced(
     dump_passes: Path | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Folded:
-    """Run the passes on a network, which is left as it is, and certify the result.
+    """Run the passes on a network, which is left as it is.
 
     ``pipeline`` is the default one with the passes of installed packages, which plans by ``cost``.
 
     Raises:
         TraceError, PassError: if the network or a pass is not up to it.
-        EquivalenceError: if ``check_passes`` finds a pass whose result differs, or if the certificate does not hold.
+        EquivalenceError: if ``check_passes`` finds a pass whose result differs.
     """
-    training, shape = traced.training, traced.input_shape
+    training = traced.training
 
     def on_pass(record: PassRecord, graph: fx.GraphModule) -> None:
         on_step(record.name)
@@ -111,16 +148,8 @@ def fold_traced(
             for old in dump_passes.glob("[0-9][0-9]_*.txt"):
                 old.unlink()
             (dump_passes / "00_trace.txt").write_text(dump(training), encoding="utf-8")
-    check = pass_check(training, seeded_inputs(shape)) if check_passes else None
-    result = (pipeline or _default_pipeline(cost)).run(training, check=check, on_pass=on_pass)
-    certificate = certify(training, result.graph)
-    on_step("certificate")
-    if not certificate.holds:
-        raise EquivalenceError(
-            f"{traced.checkpoint.path}: the folded network is not the trained one. {certificate.failure}. "
-            f"{_how_to_bisect(traced.checkpoint)} to find the pass"
-        )
-    return Folded(training, result.graph, result, certificate, shape)
+    check = pass_check(training, seeded_inputs(traced.input_shape)) if check_passes else None
+    return Folded(traced, (pipeline or _default_pipeline(cost)).run(training, check=check, on_pass=on_pass))
 
 
 @contextmanager
@@ -131,7 +160,7 @@ def _dumping(folder: Path) -> Iterator[None]:
         raise PassError(f"{folder}: cannot be written ({error.strerror}); give another to --dump-passes") from error
 
 
-def check_float64(source: Path, folded: Folded, inputs: Tensor, reference: Sequence[Tensor]) -> float:
+def check_float64(folded: Folded, inputs: Tensor, reference: Sequence[Tensor]) -> float:
     """The folded form's float64 error on ``inputs`` [N, C, …] against the training form's outputs ``reference``.
 
     Raises:
@@ -141,8 +170,9 @@ def check_float64(source: Path, folded: Folded, inputs: Tensor, reference: Seque
     if not error <= FLOAT64_LIMIT:
         layers = layer_errors(folded.training, folded.folded, folded.certificate, inputs)
         raise EquivalenceError(
-            f"{source}: in float64 the folded network differs from the trained one by {error:.1e}, more than "
-            f"{FLOAT64_LIMIT:.0e}; the first layer to do so is {first_layer_over(layers, FLOAT64_LIMIT)}"
+            f"{folded.traced.checkpoint.path}: in float64 the folded network differs from the trained one by "
+            f"{error:.1e}, more than {FLOAT64_LIMIT:.0e}; the first layer to do so is "
+            f"{first_layer_over(layers, FLOAT64_LIMIT)}"
         )
     return error
 

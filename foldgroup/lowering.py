@@ -87,11 +87,11 @@ class Form:
 def form_for(precision: str, folded: Folded, choose: Choose | None = None) -> Form:
     """The folded network, every convolution with groups run as ``choose`` says; see :class:`passes.PackGroups`.
 
-    Without a choice it has the groups that were learned, but for int8: as wide as that needs them. If that changed
-    anything, it is certified again.
+    Without a choice it has the groups that were learned, but for int8: as wide as that needs them. What comes of it is
+    certified, whatever was certified before.
 
     Raises:
-        EquivalenceError: if packing broke the network.
+        EquivalenceError: if folding or packing broke the network.
     """
     from passes import PackGroups
 
@@ -130,6 +130,7 @@ def _form(precision: str, folded: Folded, packing: PackGroups) -> Form:
         graph = folded.folded
     certificate = certify(folded.training, graph) if executions else folded.certificate
     if not certificate.holds:
+        folded.check_certificate()  # was it broken before?
         raise EquivalenceError(f"packing groups for {precision}: {certificate.failure}")
     facts: dict[str, Any] = {
         "macs": sum(cost.macs for cost in layer_costs(graph)),

@@ -13,6 +13,7 @@ from foldgroup.bundle import SCHEMA
 from foldgroup.checkpoint import Checkpoint
 from foldgroup.emit.onnx import BATCH, INPUT
 from foldgroup.folding import Folded
+from foldgroup.lowering import Form
 from foldgroup.measure import learned_costs, macs, params
 from foldgroup.nn.dgconv import DGConv
 from foldgroup.outputs import outputs_of
@@ -24,13 +25,13 @@ def manifest_of(
     folded: Folded,
     batch: int | None = None,
     precision: str = "fp32",
-    runs: fx.GraphModule | None = None,
+    form: Form | None = None,
 ) -> dict[str, Any]:
     """The manifest of a compile with a dynamic batch or ``batch``, but for its files, models and targets.
 
-    ``runs`` is the folded network as it is run in ``precision``, by default as it was learned.
+    ``form`` is that in which the folded network runs in ``precision``, by default the one that was learned.
     """
-    runs = runs or folded.folded
+    runs, certificate = (form.graph, form.certificate) if form else (folded.folded, folded.certificate)
     layers = learned_layers(folded, runs)
     executed = macs(runs)
     packed = sum(layer["executed_macs"] - layer["macs"] for layer in layers)
@@ -57,7 +58,7 @@ def manifest_of(
         },
         "macs": {"training": macs(folded.training), "nominal": executed - packed, "executed": executed},
         "params": {"training": params(folded.training), "folded": params(folded.folded), "executed": params(runs)},
-        "certificate": folded.certificate.as_dict(),
+        "certificate": certificate.as_dict(),
     }
 
 

@@ -7,10 +7,12 @@ no fallback. What a file is, is read from its content, because ``.pth.tar`` is r
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -44,7 +46,7 @@ class LoadedFile:
 def load_file(path: Path) -> LoadedFile:
     """Read a ``torch.save`` file (zip or legacy) or a safetensors file.
 
-    Hash and content come from one open file, so they agree even if another process replaces it meanwhile.
+    Hash and content come from one file, so they agree even if another process replaces it meanwhile.
 
     Raises:
         CheckpointError: if it is neither, cannot be read, or needs code to load; its caller adds the file's name.
@@ -56,16 +58,23 @@ def load_file(path: Path) -> LoadedFile:
             raise CheckpointError("there is no such file: check the path")
         if not path.is_file():
             raise CheckpointError("this is not a regular file: copy the checkpoint to one")
-        with path.open("rb") as stream:
-            sha256 = hashlib.sha256()
-            while chunk := stream.read(1 << 20):
-                sha256.update(chunk)
-            size = stream.tell()
-            stream.seek(0)
-            document = _read(stream, size, path.suffix.lower())
+        with path.open("rb") as stream, path.open("rb") as again, ThreadPoolExecutor(1) as beside:
+            status = os.fstat(stream.fileno())
+            if not os.path.samestat(status, os.fstat(again.fileno())):
+                raise CheckpointError("this file was replaced while it was read: try again")
+            digest = beside.submit(_sha256, again)
+            document = _read(stream, status.st_size, path.suffix.lower())
+            sha256 = digest.result()
     except OSError as error:
         raise CheckpointError(f"this file cannot be read ({error.strerror}): check its permissions") from error
-    return LoadedFile(document, sha256.hexdigest(), size)
+    return LoadedFile(document, sha256, status.st_size)
+
+
+def _sha256(stream: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def check_tensors(state: Mapping[object, object], size: int) -> dict[str, Tensor]:

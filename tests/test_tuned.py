@@ -17,15 +17,14 @@ from torch import nn
 from typing_extensions import Self
 
 from foldgroup import tuned as module
-from foldgroup.certificate import certify
+from foldgroup.checkpoint import load_network
 from foldgroup.conv_shape import ConvShape, Execution, grouped_convs
 from foldgroup.errors import TuningError
-from foldgroup.folding import Folded
+from foldgroup.folding import Folded, fold_traced, trace_network
 from foldgroup.lowering import Form
 from foldgroup.measure import Measurement
 from foldgroup.planning.cost import Cost
 from foldgroup.targets import TARGETS, Variant
-from foldgroup.trace import trace
 from foldgroup.tuned import (
     AS_LEARNED,
     LEAST_ROUNDS,
@@ -42,7 +41,6 @@ from foldgroup.tuned import (
 from foldgroup.tuning.database import ENVIRONMENT, Database
 from foldgroup.tuning.race import Timing
 from foldgroup.tuning.table import CostTable, table_of
-from passes import default_pipeline
 
 ORT, OPENVINO = (Variant(TARGETS[name], "fp32") for name in ("onnxruntime", "openvino"))
 SHAPE = (1, 3, 6, 6)
@@ -58,9 +56,8 @@ def folded(seed: int = 0) -> Folded:
 def _folded(seed: int) -> Folded:
     torch.manual_seed(seed)
     layers = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=GROUPS), nn.ReLU(), nn.Conv2d(16, 4, 1)
-    training = trace(nn.Sequential(*layers), SHAPE)
-    result = default_pipeline().run(training)
-    return Folded(training, result.graph, result, certify(training, result.graph), SHAPE)
+    traced = trace_network(load_network(nn.Sequential(*layers)), input_shape=SHAPE[1:])
+    return fold_traced(traced)
 
 
 def calls_of(network: Folded) -> list[ConvShape]:

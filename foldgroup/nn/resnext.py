@@ -85,10 +85,10 @@ class GroupableResNet(ResNet):  # type: ignore[misc]  # torchvision is untyped
         return stage
 
 
-def _build(config: BottleneckConfig, weights: None, progress: bool, **kwargs: Any) -> GroupableResNet:
+def _build(name: str, weights: None, progress: bool, **kwargs: Any) -> GroupableResNet:
     if weights is not None:
         raise ModelError("there are no pre-trained weights: train with 'foldgroup train' and load the checkpoint")
-    return GroupableResNet(replace(config, **kwargs))
+    return GroupableResNet(replace(CONFIGS[name], **kwargs))
 
 
 def _resnext(depths: tuple[int, ...], first_width: int, stem: Literal["imagenet", "cifar"]) -> BottleneckConfig:
@@ -100,40 +100,49 @@ def _resnext(depths: tuple[int, ...], first_width: int, stem: Literal["imagenet"
 
 Builder = TypeVar("Builder", bound=Callable[..., GroupableResNet])
 
-
-def _registered(builder: Builder) -> Builder:
-    """Make ``builder`` known to ``torchvision.models.get_model`` under its own name."""
-    register_model()(builder)
-    return builder
+CONFIGS: dict[str, BottleneckConfig] = {}
+"""What each registered builder builds unless it is told otherwise."""
 
 
-@_registered
+def _builds(config: BottleneckConfig) -> Callable[[Builder], Builder]:
+    """Make a builder of ``config`` known to ``torchvision.models.get_model`` under its own name."""
+
+    def register(builder: Builder) -> Builder:
+        CONFIGS[builder.__name__] = config
+        register_model()(builder)
+        return builder
+
+    return register
+
+
+@_builds(_resnext((3, 4, 6, 3), 128, "imagenet"))
 def g_resnext50(*, weights: None = None, progress: bool = True, **kwargs: Any) -> GroupableResNet:
     """G-ResNeXt-50 with the widths of 32×4d (Table 1); ``kwargs`` override fields of :class:`BottleneckConfig`."""
-    return _build(_resnext((3, 4, 6, 3), 128, "imagenet"), weights, progress, **kwargs)
+    return _build("g_resnext50", weights, progress, **kwargs)
 
 
-@_registered
+@_builds(_resnext((3, 4, 23, 3), 128, "imagenet"))
 def g_resnext101(*, weights: None = None, progress: bool = True, **kwargs: Any) -> GroupableResNet:
     """G-ResNeXt-101 with the widths of 32×4d; ``kwargs`` override fields of :class:`BottleneckConfig`."""
-    return _build(_resnext((3, 4, 23, 3), 128, "imagenet"), weights, progress, **kwargs)
+    return _build("g_resnext101", weights, progress, **kwargs)
 
 
-@_registered
+@_builds(_resnext((3, 4, 23, 3), 256, "imagenet"))
 def g_resnext101_32x8d(*, weights: None = None, progress: bool = True, **kwargs: Any) -> GroupableResNet:
     """G-ResNeXt-101 with the widths of 32×8d; ``kwargs`` override fields of :class:`BottleneckConfig`."""
-    return _build(_resnext((3, 4, 23, 3), 256, "imagenet"), weights, progress, **kwargs)
+    return _build("g_resnext101_32x8d", weights, progress, **kwargs)
 
 
-@_registered
+@_builds(replace(_resnext((3, 3, 3), 128, "cifar"), num_classes=10))
 def g_resnext29_cifar(*, weights: None = None, progress: bool = True, **kwargs: Any) -> GroupableResNet:
     """G-ResNeXt-29 for 32×32 images with the widths of 32×4d and ten classes."""
-    return _build(_resnext((3, 3, 3), 128, "cifar"), weights, progress, **{"num_classes": 10, **kwargs})
+    return _build("g_resnext29_cifar", weights, progress, **kwargs)
 
 
-@_registered
+_SMALL = (StageConfig(1, 32, 64), StageConfig(2, 64, 128), StageConfig(2, 128, 256))
+
+
+@_builds(BottleneckConfig("cifar", _SMALL, stem_channels=32, num_classes=10))
 def g_resnext17_cifar(*, weights: None = None, progress: bool = True, **kwargs: Any) -> GroupableResNet:
     """A small network for 32×32 images: five blocks of width 32 to 128, ten classes, 0.6 million weights."""
-    stages = (StageConfig(1, 32, 64), StageConfig(2, 64, 128), StageConfig(2, 128, 256))
-    config = BottleneckConfig("cifar", stages, stem_channels=32, num_classes=10)
-    return _build(config, weights, progress, **kwargs)
+    return _build("g_resnext17_cifar", weights, progress, **kwargs)
