@@ -161,6 +161,21 @@ class TestCosts:
             np.testing.assert_array_equal(before.run(images()), after.run(images()))
         assert Network.keys_in("foldgroup.3_nchwc + foldgroup.12:1") == {3, 12}
 
+    def test_with_its_weights_apart_it_is_the_same_file(
+        self, residual: Network, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("foldgroup.profiling.network._LARGE", 5)
+        model, apart = residual.without_weights()
+        proto, whole = onnx.load_from_string(model), onnx.load_from_string(residual.model)
+        assert apart and len(model) < len(residual.model)
+        for tensor in proto.graph.initializer:
+            if tensor.name in apart:
+                tensor.CopyFrom(numpy_helper.from_array(apart[tensor.name], tensor.name))
+        assert proto == whole
+        given = make_runner(ORT, RESIDUAL, threads=1)
+        with given, OrtProfiler(residual, images(), 1) as profiler:
+            np.testing.assert_array_equal(profiler.outputs()[0], given.run(images()))
+
 
 def ran(*nodes: int, us: float = 1.0, kind: str = "?") -> Executed:
     return Executed(kind, us, frozenset(nodes))

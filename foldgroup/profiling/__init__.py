@@ -115,12 +115,12 @@ def profile(
     times: list[float] = []
     with ExitStack() as stack:
         runner = stack.enter_context(make_runner(variant, model, threads=threads))
-        runner.outputs(inputs)  # which checks them
         limits = machine_limits(variant, threads)
         network = Network(model, inputs, variant.precision)
         profiler = _profiler(variant, network, inputs, threads)
         stack.enter_context(profiler)
         for _ in range(turns):
+            runner.outputs(inputs)  # which checks them, and warms up
             turn = _turn(partial(runner.outputs, inputs), seconds / turns / 2)
             profiler.sample(len(turn))
             times += turn
@@ -131,7 +131,7 @@ def profile(
 def _turn(call: Callable[[], object], seconds: float) -> tuple[float, ...]:
     """Times of a network in ms."""
     least, most = _ROUNDS
-    measured = interleave({"": call}, warmup=1, min_rounds=least, max_rounds=most, max_seconds=seconds)
+    measured = interleave({"": call}, warmup=0, min_rounds=least, max_rounds=most, max_seconds=seconds)
     return measured.samples[""]
 
 

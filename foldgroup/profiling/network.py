@@ -48,6 +48,9 @@ SECOND_OPERAND = {
 _PARTIAL = ("Gather", "Shape", "Size", "Slice")
 """Read of their first input no more than they write."""
 
+_LARGE = 1024
+"""Elements of a weight that is worth keeping apart."""
+
 _KEY = re.compile(r"foldgroup\.(\d+)")
 
 Shape = tuple[int, ...]
@@ -99,7 +102,7 @@ class Network:
             for i, node in enumerate(proto.graph.node)
         ]
         _key_nodes(proto)
-        self.model: bytes = proto.SerializeToString()
+        self._proto = proto
         self._values = _Values(proto, inputs, precision)
         self.nodes = tuple(self._node(name, node) for name, node in zip(names, proto.graph.node, strict=True))
         self.constant = tuple(
@@ -107,6 +110,33 @@ class Network:
         )
         """Of every node, whether it can run before any input is there."""
         self._given = {self._values.stream(value.name) for value in proto.graph.output}
+
+    @cached_property
+    def model(self) -> bytes:
+        """The file with its nodes keyed."""
+        return bytes(self._proto.SerializeToString())
+
+    def without_weights(self) -> tuple[bytes, dict[str, npt.NDArray[Any]]]:
+        """The same file with its large weights marked as stored elsewhere, and those weights: far less to write."""
+        import onnx
+        from onnx import TensorProto, numpy_helper
+
+        graph = onnx.GraphProto(name=self._proto.graph.name)
+        for part in ("node", "input", "output", "sparse_initializer"):
+            getattr(graph, part).extend(getattr(self._proto.graph, part))
+        apart: dict[str, npt.NDArray[Any]] = {}
+        for tensor in self._proto.graph.initializer:
+            if prod(tensor.dims) < _LARGE or tensor.data_type not in (TensorProto.FLOAT, TensorProto.INT8):
+                graph.initializer.append(tensor)
+                continue
+            apart[tensor.name] = numpy_helper.to_array(tensor)
+            header = graph.initializer.add(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+            header.data_location = TensorProto.EXTERNAL
+            header.external_data.add(key="location", value="elsewhere")
+        proto = onnx.ModelProto(ir_version=self._proto.ir_version, graph=graph)
+        for part in ("opset_import", "functions", "metadata_props"):
+            getattr(proto, part).extend(getattr(self._proto, part))
+        return proto.SerializeToString(), apart
 
     def _node(self, name: str, node: NodeProto) -> Node:
         values = self._values
