@@ -203,6 +203,7 @@ class Pipeline:
         records: list[PassRecord] = []
         stage = Stage.TRAINING
         sums: _Checksums = {}
+        mark = fingerprint(graph)
         for step in self.passes:
             if stage < step.requires:
                 raise PassError(
@@ -212,12 +213,12 @@ class Pipeline:
             stage = max(stage, step.gives or stage)
             result, sums = _run_checked(step, graph, stage, sums)
             seconds = time.perf_counter() - start
-            changed = fingerprint(result.graph) != fingerprint(graph)
+            mark, before = fingerprint(result.graph), mark
             difference = check(result.graph) if check else None
             record = PassRecord(
                 step.name,
                 stage,
-                changed,
+                mark != before,
                 result.rewrites,
                 result.skips,
                 result.ledger,

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 
 from foldgroup.errors import TraceError
-from foldgroup.nn.dgconv import DGConv
+from foldgroup.nn.dgconv import DGConv, DGConv1d, DGConv2d, DGConv3d
 from foldgroup.untraceable import why
 
 
@@ -141,6 +142,30 @@ def _normalises(norm: Any, *given: Any) -> bool:
     )
 
 
+_CONVS = {nn.Conv1d, nn.Conv2d, nn.Conv3d, DGConv1d, DGConv2d, DGConv3d}
+
+
+def _convolved(conv: _ConvNd, *given: Any) -> tuple[int, ...] | None:
+    """The shape of what a convolution makes of ``given``; None where that is for torch to say, or to refuse."""
+    if len(given) != 1 or not isinstance(given[0], Tensor) or not given[0].is_floating_point():
+        return None
+    count, width, *kernel = conv.weight.shape
+    batch, channels, *sizes = given[0].shape
+    if len(sizes) != len(kernel) or channels != width * conv.groups or count % conv.groups:
+        return None
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or min(conv.padding) < 0:
+        return None
+    if min(*conv.stride, *conv.dilation) < 1 or (conv.bias is not None and conv.bias.shape != (count,)):
+        return None
+    result = [
+        (size + 2 * padding - dilation * (extent - 1) - 1) // stride + 1
+        for size, extent, stride, padding, dilation in zip(
+            sizes, kernel, conv.stride, conv.padding, conv.dilation, strict=True
+        )
+    ]
+    return (batch, count, *result) if min(result) > 0 else None
+
+
 class _Shapes(fx.Interpreter):
     """Notes the shape of every tensor it meets."""
 
@@ -163,6 +188,9 @@ class _Shapes(fx.Interpreter):
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
+        convolved = _convolved(module, *args) if type(module) in _CONVS and not kwargs else None
+        if convolved is not None:  # torch would choose a kernel, too
+            return args[0].new_empty(convolved)
         if isinstance(module, DGConv):  # the mask does not change the shape, and takes long to make
             return super(DGConv, module).forward(*args, **kwargs)
         if type(module) in _NORMS and not module.training and not kwargs and _normalises(module, *args):
@@ -215,7 +243,15 @@ def fork(graph: fx.GraphModule) -> fx.GraphModule:
 
 def called_module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The module that ``node`` calls, or None if it calls none."""
-    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if node.op != "call_module":
+        return None
+    module: nn.Module = graph
+    try:
+        for name in str(node.target).split("."):  # as get_submodule does, which takes ten times as long to make sure
+            module = module._modules[name]  # type: ignore[assignment]
+    except (KeyError, AttributeError):
+        return graph.get_submodule(str(node.target))  # which says what is missing
+    return module
 
 
 def is_no_op(module: nn.Module | None) -> bool:
