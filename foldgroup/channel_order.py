@@ -75,7 +75,7 @@ class ChannelOrder:
     @cached_property
     def is_identity(self) -> bool:
         """Whether applying it changes nothing."""
-        return all(i == channel for i, channel in enumerate(self.source))
+        return self.source == tuple(range(len(self.source)))
 
     @cached_property
     def index(self) -> torch.Tensor:

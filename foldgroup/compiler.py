@@ -183,9 +183,10 @@ def compile(
         folded = next(iter(choices.values())).plan.folded
         clock("tuning")
     checked = beside.submit(_float64_error, folded, golden_made)
-    beside.shutdown(wait=False)
     forms, key_of = forms_of(precisions, choices)
     clock("packing")
+    golden = golden_made.result()
+    clock("float64")
     manifest = manifest_of(checkpoint, folded, fixed, first, forms[first])
     path, classes = checkpoint.path, checkpoint.classes
     if classes and classes_of(manifest) != len(classes):
@@ -210,11 +211,12 @@ def compile(
     }
 
     lower_all = partial(lower_form, keep_float=keep_float, on_step=clock)
-    lowered, errors, tiers = _lowered(forms, lower_all, golden_made, fixed, clock)
-    golden, error = golden_made.result(), checked.result()
+    lowered, errors, tiers = _lowered(forms, lower_all, golden, fixed, clock)
+    error = checked.result()
     # Graphs, most of the memory, are no longer needed; they refer to themselves, so someone has to look.
     del source, checkpoint, traced, golden_made, folded, checked, refold, choices, costs, forms
-    gc.collect()
+    collected = beside.submit(gc.collect)
+    beside.shutdown(wait=False)
     clock("float64")
     read = {key_of[variant] for variant in chosen if variant.target.takes == "onnx"}
     onnx_files = {key: _file(key, first, ".onnx") for key in lowered if key in read.union(precisions)}
@@ -258,6 +260,7 @@ def compile(
 
     names = {variant: _file(variant.precision, first, variant.target.suffix) for variant in built}
     golden_file = golden.save()
+    wait([collected])
     profiled = _profiled(models, ran, shape, threads)
     clock("profile")
     documents = {
@@ -311,7 +314,7 @@ def _float64_error(folded: Folded, golden_made: Future[Golden]) -> float:
 def _lowered(
     forms: Mapping[str, Form],
     lower_form: Callable[[Form, str], Lowered],
-    golden_made: Future[Golden],
+    golden: Golden,
     batch: int | None,
     clock: _Clock,
 ) -> tuple[dict[str, Lowered], dict[str, dict[str, float]], Tiers]:
@@ -323,7 +326,6 @@ def _lowered(
         name = precision_of(key)
         low = lower_form(form, name)
         if name != "fp32" and key == name:  # packing changes no value: once a precision
-            golden = golden_made.result()
             errors[key] = layer_errors(name, form.graph, low.model, low.keep_float, golden, batch=batch)
             if name in ("fp16", "bf16"):
                 tiers.results[f"rounded {name}"] = rounded_tier(name, form.graph, low.keep_float, golden, errors[key])

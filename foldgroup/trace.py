@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -48,8 +49,19 @@ class _Proxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", operation, (self, other), {})
 
 
+MODULE_CALLS = threading.RLock()
+"""Held by the thread that calls modules for their values, or that changes what a call is, in all threads, for a while.
+
+Tracing does, and so may exporting.
+"""
+
+
 class _Tracer(fx.Tracer):
     """Keeps torch's own layers and DGConv as single nodes."""
+
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        with MODULE_CALLS:
+            return super().trace(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -151,17 +163,18 @@ def _convolved(conv: _ConvNd, *given: Any) -> tuple[int, ...] | None:
         return None
     count, width, *kernel = conv.weight.shape
     batch, channels, *sizes = given[0].shape
-    if len(sizes) != len(kernel) or channels != width * conv.groups or count % conv.groups:
+    how: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation)
+    if conv.padding_mode != "zeros" or any(type(numbers) is not tuple for numbers in how):  # torch takes words, too
         return None
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or min(conv.padding) < 0:
+    if min(conv.stride) < 1 or min(how[1]) < 0 or min(conv.dilation) < 1 or count % conv.groups:
         return None
-    if min(*conv.stride, *conv.dilation) < 1 or (conv.bias is not None and conv.bias.shape != (count,)):
+    if len(sizes) != len(kernel) or channels != width * conv.groups:
+        return None
+    if conv.bias is not None and conv.bias.shape != (count,):
         return None
     result = [
         (size + 2 * padding - dilation * (extent - 1) - 1) // stride + 1
-        for size, extent, stride, padding, dilation in zip(
-            sizes, kernel, conv.stride, conv.padding, conv.dilation, strict=True
-        )
+        for size, extent, stride, padding, dilation in zip(sizes, kernel, *how, strict=True)
     ]
     return (batch, count, *result) if min(result) > 0 else None
 
@@ -275,7 +288,7 @@ def evaluate(
     result is under the key ``"output"``.
     """
     interpreter = _Casting(graph, dtype, keep)
-    with torch.inference_mode():
+    with MODULE_CALLS, torch.inference_mode():
         result = interpreter.run(inputs.to(dtype, copy=True))  # the network may overwrite its input
     return {**interpreter.kept, "output": result}
 
@@ -289,7 +302,7 @@ def evaluate_rounded(
     rounded like every other value.
     """
     interpreter = _Rounding(graph, dtype, keep_float)
-    with torch.inference_mode():
+    with MODULE_CALLS, torch.inference_mode():
         interpreter.run(inputs.to(torch.float32, copy=True))
     return interpreter.kept
 
@@ -310,8 +323,12 @@ class _Casting(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         module = self.fetch_attr(target)
         if any(t.is_floating_point() and t.dtype != self.dtype for t in _tensors(module)):
-            module = copy.deepcopy(module).to(self.dtype)
+            module = copy.deepcopy(module, {id(t): self._cast(t) for t in _tensors(module) if t.is_floating_point()})
         return module(*args, **kwargs)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        cast = tensor.detach().to(self.dtype, copy=True)
+        return nn.Parameter(cast, requires_grad=False) if isinstance(tensor, nn.Parameter) else cast
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         value = self.fetch_attr(target)

@@ -571,7 +571,8 @@ def test_a_spoiled_pass_is_named_with_the_command_that_finds_it(own: Path, monke
     torch.save(weights(own), own / "net.pt")
     from foldgroup.certificate import Certificate
 
-    monkeypatch.setattr("foldgroup.folding.certify", lambda *_: Certificate(failure="it is spoiled"))
+    for module in ("folding", "lowering"):
+        monkeypatch.setattr(f"foldgroup.{module}.certify", lambda *_: Certificate(failure="it is spoiled"))
     with pytest.raises(EquivalenceError, match=r"'foldgroup bisect net\.pt --model own_nets\.mine:Net'"):
         compile("net.pt", "b.foldgroup", model="own_nets.mine:Net", input_size=8, engine=False)
     with pytest.raises(EquivalenceError, match=r"Call foldgroup\.folding\.bisect on it to find the pass"):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
+
 import numpy as np
 import pytest
 import torch
 from graphs import CASES, Call, Residual, compiled_case, conv, filled, learned, node_of, relu_, untouched
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.modules.utils import _pair
@@ -257,3 +262,67 @@ def test_another_precision():
     assert evaluate(graph, x, torch.float32)["output"].dtype == torch.float32
     torch.testing.assert_close(evaluate(graph, x, torch.float32)["output"], graph(x))
     assert not evaluate(graph, x)["output"].requires_grad
+
+
+def calling(module: nn.Module) -> fx.GraphModule:
+    """A graph that calls nothing else."""
+    graph = fx.Graph()
+    graph.output(graph.call_module("module", (graph.placeholder("x"),)))
+    return fx.GraphModule({"module": module}, graph)
+
+
+class Slow(nn.Module):
+    """Takes until it is told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began, self.go_on = threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.began.set()
+        assert self.go_on.wait(10)
+        return x + 1
+
+
+def test_tracing_waits_for_another_threads_values() -> None:
+    slow = Slow()
+    graph = calling(slow)
+    with ThreadPoolExecutor(2) as beside:
+        values = beside.submit(evaluate, graph, torch.zeros(1, 3))
+        assert slow.began.wait(10)
+        traced = beside.submit(trace, nn.Sequential(nn.ReLU()), (1, 3))
+        assert not wait([traced], timeout=0.2).done
+        slow.go_on.set()
+        assert torch.equal(values.result()["output"], torch.ones(1, 3, dtype=torch.float64))
+        assert traced.result().graph.find_nodes(op="call_module", target="0")
+
+
+@given(data=st.data())
+def test_the_shape_of_a_convolution_is_what_torch_makes_of_it(data: st.DataObject) -> None:
+    axes = data.draw(st.integers(1, 3))
+    sizes = st.tuples(*(st.integers(1, 9),) * axes)
+    small = st.tuples(*(st.integers(1, 3),) * axes)
+    groups = data.draw(st.integers(1, 3))
+    channels = groups * data.draw(st.integers(1, 2))
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+    layer = kind(
+        channels,
+        groups * data.draw(st.integers(1, 2)),
+        data.draw(small),
+        data.draw(small),
+        data.draw(st.tuples(*(st.integers(0, 2),) * axes)),
+        data.draw(small),
+        groups,
+        bias=data.draw(st.booleans()),
+    )
+    given_channels = data.draw(st.sampled_from([channels, channels, channels + 1]))
+    shape = (data.draw(st.integers(1, 2)), given_channels, *data.draw(sizes))
+    graph = calling(layer)
+    try:
+        expected = tuple(layer(torch.zeros(shape)).shape)
+    except RuntimeError:
+        with pytest.raises(TraceError, match="does not accept an input of shape"):
+            attach_shapes(graph, shape)
+    else:
+        attach_shapes(graph, shape)
+        assert shape_of(graph.graph.find_nodes(op="call_module", target="module")[0]) == expected

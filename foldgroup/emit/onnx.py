@@ -26,7 +26,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from foldgroup.emit import direct
 from foldgroup.errors import EmitError, EquivalenceError, RunnerError
 from foldgroup.outputs import outputs_of
-from foldgroup.trace import called_module, fork
+from foldgroup.trace import MODULE_CALLS, called_module, fork
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -100,7 +100,7 @@ def _by_torch(
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with MODULE_CALLS, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 model,

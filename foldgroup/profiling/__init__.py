@@ -27,6 +27,7 @@ costs something, so their sum may be above it, and what is outside of layers mak
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -113,12 +114,14 @@ def profile(
     check_profiled(variant)
     check_count(threads, "threads")
     times: list[float] = []
-    with ExitStack() as stack:
-        runner = stack.enter_context(make_runner(variant, model, threads=threads))
-        limits = machine_limits(variant, threads)
+    with ExitStack() as stack, ThreadPoolExecutor(1) as beside:
+        runner = make_runner(variant, model, threads=threads)
+        loading = beside.submit(stack.enter_context, runner)
         network = Network(model, inputs, variant.precision)
         profiler = _profiler(variant, network, inputs, threads)
         stack.enter_context(profiler)
+        loading.result()
+        limits = machine_limits(variant, threads)
         for _ in range(turns):
             runner.outputs(inputs)  # which checks them, and warms up
             turn = _turn(partial(runner.outputs, inputs), seconds / turns / 2)
