@@ -26,7 +26,9 @@ def main() -> None:
         atexit._run_exitfuncs()
         for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed
             stream.flush()
-    except OSError as error:  # of files, foldgroup says so itself
+    except OSError as error:
+        if error.filename is not None:  # of a file: foldgroup should have said so itself
+            raise
         print(f"Error: the output cannot be written ({error.strerror}): check where it goes", file=sys.stderr)
         status = 2
     os._exit(status)

@@ -159,13 +159,13 @@ def compile(
     refold = partial(fold_traced, traced, pipeline=pipeline, check_passes=check_passes)
     costs = {variant: Costs(variant, replace(tuning, measure=False)) for variant in onnx_first(chosen)}
     dumped = None if dump_passes is None else Path(dump_passes)
-    others = pipeline is not None or bool(entry_points(group=ENTRY_POINTS))
+    foreign = pipeline is not None or bool(entry_points(group=ENTRY_POINTS))
     beside = ThreadPoolExecutor(1)  # all here is Python, torch lets other threads run while it computes
     golden_made = beside.submit(_golden, traced, data)
-    if others:
+    if foreign:
         wait([golden_made])  # tracing changes what it is to call a module, and other passes may do that
     folded = refold(cost=next(iter(costs.values())), dump_passes=dumped, on_step=clock)
-    if others:
+    if foreign:
         folded.check_certificate()  # packing trusts what it is given
     lower_form = partial(lower, batch=fixed, calibration=data)
     choices = {variant: Tuned(variant, plan) for variant, plan in plans_of(folded, costs).items()}
