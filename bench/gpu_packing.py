@@ -134,6 +134,8 @@ def curve(
             found[str(execution.groups)] = sampler(lambda run=run: run(images), device, LAUNCHES)
         except Exception as error:  # libraries raise what they like
             refused.append({"runs": execution.groups, "refused": str(error).strip().split("\n")[-1]})
+    if not found:
+        return refused
     measured = measure(found, rounds)
     fastest = min(found, key=lambda name: measured.stats(name).median_ms)
     entries: list[dict[str, Any]] = []
@@ -206,7 +208,7 @@ def plot(document: Mapping[str, Any], path: Path) -> None:
                 points = sorted((of_layer[0] // c["runs"], c["ns"] / 1e3) for c in entry["candidates"] if "ns" in c)
                 style = "-" if entry["compiler"] == "cudnn" else "--"
                 label = f"{entry['compiler']}, {entry['layout'].replace('_', ' ')}"
-                axes.plot(*zip(*points, strict=True), style, marker=".", label=label)
+                axes.plot([p[0] for p in points], [p[1] for p in points], style, marker=".", label=label)
             if mine:
                 widths = [2**k for k in range(int(math.log2(of_layer[0])) + 1)]
                 lowest = [bound_ns(mine[0], of_layer[0] // w, document["limits"], value_bytes) / 1e3 for w in widths]

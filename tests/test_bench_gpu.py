@@ -57,6 +57,18 @@ def test_what_the_library_refuses_is_left_out_with_its_reason(small, monkeypatch
     assert refused and all(c["refused"] == "out of memory" for c in refused)
 
 
+def test_a_setting_of_which_everything_is_refused_is_kept_with_its_reasons(small, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(gpu_packing, "sampler", refuse)
+    monkeypatch.setattr(gpu_packing, "limits", lambda *_: {"bytes_per_ns": 1.0, "macs_per_ns": 1.0})
+    gpu_packing.main()
+    for entry in json.loads(small.read_text())["curves"]:
+        assert [c["refused"] for c in entry["candidates"]] == ["out of memory"] * 5
+    assert small.with_suffix(".svg").is_file()
+
+
 def test_the_limit_is_that_of_bytes_or_of_products():
     entry = {"layer": [16, 8, 1], "batch": 2}
     depthwise, dense = 2 * 16 * 9 * 64, 2 * 16 * 16 * 9 * 64
