@@ -26,7 +26,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,39 @@ class FlagTree:
     def node(self, flag: Flag) -> int:
         """The node of a flag that is in the tree."""
         return self.flags.index(flag)
+
+    def within(self, digits: frozenset[Digit]) -> npt.NDArray[np.bool_]:
+        """Of every node whether it has no other digits than these; with a node, all its ancestors are."""
+        others = [column for column, digit in enumerate(self.digits) if digit not in digits]
+        return np.logical_not(self._has[:, others].any(axis=1))
+
+    @cached_property
+    def digits(self) -> list[Digit]:
+        """All that occur."""
+        return sorted({digit for flag in self.flags for digit in flag})
+
+    @cached_property
+    def _has(self) -> npt.NDArray[np.bool_]:
+        """[node, place in ``digits``]."""
+        column = {digit: place for place, digit in enumerate(self.digits)}
+        has = np.zeros((len(self), len(column)), dtype=bool)
+        for node, flag in enumerate(self.flags):
+            has[node, [column[digit] for digit in flag]] = True
+        return has
+
+    def path(self, node: int) -> list[int]:
+        """A node and all above it."""
+        nodes = [node]
+        while nodes[-1]:
+            nodes.append(int(self.parent[nodes[-1]]))
+        return nodes
+
+    def deepest(self, nodes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """For every node the place in ``nodes``, of which the first is the root, of its nearest ancestor or itself."""
+        result = np.zeros(len(self), dtype=np.int64)
+        for place, node in sorted(enumerate(nodes.tolist()), key=lambda item: item[1]):
+            result[node : self.end[node]] = place
+        return result
 
 
 def flag_tree(

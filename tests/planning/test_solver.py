@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from math import inf
 
 import pytest
@@ -107,6 +108,33 @@ def test_sites_that_all_touch_each_other_are_tried_one_by_one(sites):
     )
     problem = Problem(sites, sizes, tuple(Tie(a, b, 1 + (a * b) % 3) for a, b in pairs), links)
     assert solve(problem).cost == pytest.approx(least(problem))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_deep_residual_network_is_planned_exactly(seed):
+    """Twelve blocks of three layers, each with random digits of eight, around one residual stream."""
+    draw = random.Random(seed)
+    sizes, sites = dict.fromkeys(range(8), 2), itertools.count()
+    ties: list[Tie] = []
+    links: list[Link] = []
+    stream = next(sites)
+    for _ in range(12):
+        reads = next(sites)
+        ties.append(Tie(stream, reads, 40))
+        for _ in range(3):
+            digits = frozenset(digit for digit in sizes if draw.random() < 0.5)
+            reads, before = next(sites), reads
+            links.append(Link(before, reads, digits, products(sizes, digits, draw.randint(50, 400))))
+        stream, before = next(sites), stream
+        ties += [Tie(before, stream, 40), Tie(reads, stream, 40)]
+    problem = Problem(next(sites), sizes, tuple(ties), tuple(links), pins={0: (), stream: ()})
+    solution = solve(problem)
+    assert solution.exact
+    assert problem.cost(dict(enumerate(solution.flags))) == pytest.approx(solution.cost)
+    for site in range(1, stream):  # no site can better it by itself with a flag of another
+        for flag in {*solution.flags}:
+            flags = {**dict(enumerate(solution.flags)), site: flag}
+            assert problem.cost(flags) >= solution.cost * (1 - 1e-9)
 
 
 def test_a_chain_of_two_conflicts_has_three_ways_out():
