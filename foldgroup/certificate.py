@@ -29,7 +29,8 @@ n's operands:
 * the network's output is the training form's, in order.
 
 No floating-point operation is relied on but the folding of batch norm, which is repeated from the checkpoint's own
-numbers. Nothing here calls a pass.
+numbers. All values are taken to be finite: an infinite activation times a weight of zero is no number in the training
+form, and nothing in one that leaves the weight out. Nothing here calls a pass.
 """
 
 from __future__ import annotations
@@ -313,8 +314,8 @@ class _Proof:
             require({ours for ours, _ in carried} == set(rule.operands), "other operands carry its channels")
             assert first is not None
             for _, operand, index in pairs:
-                aside = operand in theirs.operands or _broadcasts(operand, source, theirs.axis)
-                require(aside or self._in_order(index, operand), "an operand is not in its original order")
+                carries = operand in theirs.operands
+                require(carries or self._in_order(index, operand), "an operand is not in its original order")
             if rule.repeat > 1:
                 first = (first[:, None] * rule.repeat + torch.arange(rule.repeat)).reshape(-1)
             if rule.groups > 1:
@@ -429,13 +430,6 @@ def _numbers(given: object, size: int) -> Tensor:
     fits = numbers and all(type(n) is int and 0 <= n < size for n in numbers)
     require(bool(fits), f"what is noted of its channels are no numbers below {size}")
     return torch.tensor(numbers)
-
-
-def _broadcasts(operand: fx.Node, node: fx.Node, axis: int) -> bool:
-    """Whether a training operand has one value for all channels of ``node``, or is no tensor."""
-    shape = shape_of(operand)
-    own = axis - len(shape_of(node)) + len(shape)
-    return not shape or own < 0 or shape[own] == 1
 
 
 def _normalises(module: nn.Module | None, node: fx.Node) -> bool:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from foldgroup.emit import tensorrt
 from foldgroup.engines import EngineSettings
-from foldgroup.errors import TargetError
-from foldgroup.handover import TRITON
+from foldgroup.errors import TargetError, TuningError
+from foldgroup.handover import TRITON, check_served
 from foldgroup.lowering import AUTO
 from foldgroup.targets import Variant, choose, missing
+
+ONLY_WITH = {
+    "--precision int8": ("--calibrate", "--calibration", "--calibration-images", "--reduce-range"),
+    "--tune": ("--tune-db",),
+}
+"""Options that nothing comes of without another."""
 
 
 def chosen_variants(
@@ -39,15 +45,24 @@ def check_options(
     keep_float: Sequence[str],
     emit: Sequence[str],
     settings: EngineSettings,
-    *,
-    calibrated: bool,
+    given: Mapping[str, bool],
 ) -> None:
-    """Refuse, before any work, options that do not go together.
+    """Refuse, before any work, options that do not go together, or that nothing would come of.
+
+    ``given`` says which were given of those in :data:`ONLY_WITH`, ``--calibrate``, ``--tune`` and ``--no-packing``.
 
     Raises:
-        TargetError: naming what to give instead.
+        TargetError, TuningError, EmitError: naming what to give instead.
     """
-    if "int8" in precisions and not calibrated:
+    if given["--tune"] and given["--no-packing"]:
+        raise TuningError("--tune looks for the fastest packing, --no-packing keeps what was learned: give one of them")
+    if given["--vector-width"] and given["--no-packing"]:
+        raise TargetError("--vector-width says how groups are packed, --no-packing that they are not: give one of them")
+    for needed, options in ONLY_WITH.items():
+        for option in options:
+            if given[option] and not ("int8" in precisions if needed == "--precision int8" else given[needed]):
+                raise TargetError(f"{option} has no effect without {needed}: add that, or leave it out")
+    if "int8" in precisions and not given["--calibrate"]:
         raise TargetError("int8 needs real images to read ranges off: name a folder of them with --calibrate")
     if keep_float and set(precisions) == {"fp32"}:
         raise TargetError("--keep-float says what stays in float32 beside another --precision; fp32 keeps everything")
@@ -58,6 +73,8 @@ def check_options(
     for kind in emit:
         if kind != TRITON:
             raise TargetError(f"cannot emit {kind!r}: only {TRITON}")
+    if emit:
+        check_served(chosen)
 
 
 def check_images(source: Path, shape: Sequence[int]) -> None:

@@ -26,7 +26,7 @@ from foldgroup.emit.preprocess import with_preprocessing
 from foldgroup.emit.quantize import Calibration
 from foldgroup.engines import EngineSettings, build, entry
 from foldgroup.equivalence import TierResult, first_layer_over, seeded_inputs
-from foldgroup.errors import BundleError, CheckpointError, EquivalenceError, TargetError, TraceError, TuningError
+from foldgroup.errors import BundleError, CheckpointError, EquivalenceError, TargetError, TraceError
 from foldgroup.folding import Folded, Traced, check_float64, fold_traced, input_shape_of, shape_like, trace_network
 from foldgroup.golden import Golden
 from foldgroup.handover import TRITON, Repository, served_name, triton
@@ -127,9 +127,17 @@ def compile(
     asked = [precision] if isinstance(precision, str) else precision
     chosen = chosen_variants(target, asked, engine=engine, gpu=gpu)
     precisions = tuple(dict.fromkeys((*asked, *(variant.precision for variant in chosen))))
-    check_options(chosen, precisions, keep_float, emit, engine_settings, calibrated=calibrate is not None)
-    if tune and not packing:
-        raise TuningError("--tune looks for the fastest packing, --no-packing keeps what was learned: give one of them")
+    given = {
+        "--tune": tune,
+        "--tune-db": tuning_db is not None,
+        "--no-packing": not packing,
+        "--vector-width": vector_width is not None,
+        "--calibrate": calibrate is not None,
+        "--calibration": calibration != "minmax",
+        "--calibration-images": calibration_images != CALIBRATION_IMAGES,
+        "--reduce-range": reduce_range is not None,
+    }
+    check_options(chosen, precisions, keep_float, emit, engine_settings, given)
     database = None if tuning_db is None else Path(tuning_db)
     tuning = TuningOptions(packing, tune, tune_budget, threads, _typical(batch), database, vector_width)
     fixed, place = batch if isinstance(batch, int) else None, output.absolute()
@@ -299,9 +307,14 @@ def compile(
 
 
 def _golden(traced: Traced, data: CalibrationData | None) -> Golden:
-    """The training form's outputs on seeded inputs and on some of the images that it is calibrated on."""
+    """The training form's outputs on seeded inputs and on some of the images that it is calibrated on.
+
+    They are those of the network itself, or it is refused.
+    """
     try:
-        return Golden.of(traced.training, traced.input_shape, torch.from_numpy(data.images) if data else None)
+        golden = Golden.of(traced.training, traced.input_shape, torch.from_numpy(data.images) if data else None)
+        golden.check_seen(traced.checkpoint.model, traced.training)
+        return golden
     except TraceError as failed:
         raise TraceError(f"{traced.checkpoint.path}: {failed}") from failed.__cause__
 

@@ -204,10 +204,14 @@ def float64_error(reference: Sequence[Tensor], compiled: fx.GraphModule, inputs:
 
     Of several outputs, the worst.
     """
-    ours = float64_outputs(compiled, inputs)
-    if len(ours) != len(reference):
+    return outputs_error(float64_outputs(compiled, inputs), reference)
+
+
+def outputs_error(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """Max |error| relative to max |reference|, of several outputs the worst; infinite where they cannot be compared."""
+    if len(outputs) != len(reference):
         return float("inf")
-    return max(_relative_error(*pair) for pair in zip(ours, reference, strict=True))
+    return max(_relative_error(*pair) for pair in zip(outputs, reference, strict=True))
 
 
 def pass_check(training: fx.GraphModule, inputs: Tensor) -> Check:
@@ -259,7 +263,7 @@ def runtime_layer_errors(graph: fx.GraphModule, values: Mapping[str, Array], inp
     reference = evaluate(graph, inputs, keep=True)
     return {
         name: _relative_error(torch.from_numpy(np.asarray(values[name])), reference[node.name])
-        for name, node in _layer_calls(graph)
+        for name, node in layer_calls(graph)
         if name in values
     }
 
@@ -270,10 +274,10 @@ def rounded_layer_errors(
     """The same when weights and values are rounded to ``dtype``, as a 16-bit device does it."""
     rounded = evaluate_rounded(graph, inputs, dtype, keep_float)
     reference = evaluate(graph, inputs, keep=True)
-    return {name: _relative_error(rounded[node.name], reference[node.name]) for name, node in _layer_calls(graph)}
+    return {name: _relative_error(rounded[node.name], reference[node.name]) for name, node in layer_calls(graph)}
 
 
-def _layer_calls(graph: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
+def layer_calls(graph: fx.GraphModule) -> Iterator[tuple[str, fx.Node]]:
     """Every call of a layer with weights, which is one node in any runtime, and its name there."""
     calls: Counter[str] = Counter()
     for node in graph.graph.nodes:

@@ -149,7 +149,7 @@ def fold_traced(
                 old.unlink()
             (dump_passes / "00_trace.txt").write_text(dump(training), encoding="utf-8")
     check = pass_check(training, seeded_inputs(traced.input_shape)) if check_passes else None
-    return Folded(traced, (pipeline or _default_pipeline(cost)).run(training, check=check, on_pass=on_pass))
+    return Folded(traced, (pipeline or pipeline_here(cost)).run(training, check=check, on_pass=on_pass))
 
 
 @contextmanager
@@ -195,7 +195,7 @@ def bisect(
     """
     checkpoint = load_network(source, arch=arch, gate_order=gate_order, zero_gates=zero_gates, model=model)
     traced = trace_network(checkpoint, input_size=input_size, input_shape=shape_like(example_input))
-    result = (pipeline or _default_pipeline()).run(
+    result = (pipeline or pipeline_here()).run(
         traced.training,
         check=pass_check(traced.training, seeded_inputs(traced.input_shape)),
         stop_at_difference=False,
@@ -204,7 +204,7 @@ def bisect(
     return first_difference(result.records)
 
 
-def _default_pipeline(cost: Cost | CostSource | None = None) -> Pipeline:
+def pipeline_here(cost: Cost | CostSource | None = None) -> Pipeline:
     """The default passes and those of installed packages."""
     from passes import default_pipeline
 

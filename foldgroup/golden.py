@@ -6,14 +6,18 @@ says nothing about inputs outside the range it was calibrated for.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 
 from foldgroup.bundle import GOLDEN, Bundle
-from foldgroup.equivalence import float64_outputs, seeded_inputs
+from foldgroup.equivalence import LIMITS, float64_outputs, outputs_error, seeded_inputs
 from foldgroup.errors import BundleError, FoldgroupError, TraceError
+from foldgroup.outputs import flat
+from foldgroup.trace import MODULE_CALLS, evaluate
 
 SEEDED, IMAGES = 2, 4
 
@@ -52,6 +56,11 @@ class Golden:
         for output in outputs:
             if len(output) != len(inputs):
                 raise TraceError(f"the network gives {len(output)} results for {_OWN_BATCH.format(len(inputs))}")
+            if not output.isfinite().all():
+                raise TraceError(
+                    "the trained network itself gives infinite numbers, or none at all, for normal random inputs of "
+                    f"shape {list(inputs.shape)}: nothing can be compared with these"
+                )
         return cls(inputs, outputs, images, image_outputs)
 
     def suited_to(self, precision: str) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -63,6 +72,33 @@ class Golden:
     def again(self, training: fx.GraphModule) -> Golden:
         """The same inputs with outputs computed anew."""
         return self._computed(training, self.inputs, self.images)
+
+    def check_seen(self, model: nn.Module, training: fx.GraphModule) -> None:
+        """Make sure that ``training``, which all that is proven is about, computes what calling ``model`` does.
+
+        ``model`` is called with the inputs, in its own dtype, or in float32 if that is a shorter one.
+
+        Raises:
+            TraceError: if the outputs differ by more than rounding.
+        """
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        if dtype.itemsize < 4:
+            dtype, model = torch.float32, copy.deepcopy(model).float()
+        try:
+            with MODULE_CALLS, torch.no_grad():  # in inference mode what it keeps could not be trained
+                outputs = flat(model(self.inputs.to(dtype, copy=True)))
+        except Exception as error:  # a network raises what it likes
+            raise TraceError(f"the network itself does not run on {list(self.inputs.shape)}: {error}") from error
+        limit = LIMITS["fp32"].max_error
+        if outputs_error(outputs, self.outputs) <= limit:
+            return
+        off = outputs_error(outputs, flat(evaluate(training, self.inputs, dtype)["output"]))  # rounded alike
+        if not off <= limit:
+            raise TraceError(
+                f"{type(model).__name__} computes something else than tracing sees of it (an error of {off:.1e}): "
+                "forward() may ask for the type or the values of what it is given, or draw random numbers. Make it a "
+                "plain function of one tensor"
+            )
 
     def save(self) -> bytes:
         """As the bytes of a safetensors file."""

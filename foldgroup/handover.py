@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from foldgroup.emit.triton import triton_repository
+from foldgroup.emit.triton import backend_of, triton_repository
 from foldgroup.errors import EmitError
 from foldgroup.targets import Variant
 
@@ -26,6 +26,22 @@ class Repository:
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_served(variants: Sequence[Variant]) -> None:
+    """Make sure that Triton can serve one of these.
+
+    Raises:
+        EmitError: if not, with what it says of each.
+    """
+    refused = []
+    for variant in variants:
+        try:
+            backend_of(variant)
+        except EmitError as error:
+            refused.append(str(error))
+    if len(refused) == len(variants):
+        raise EmitError(f"Triton can serve none of these: {'; '.join(refused)}")
 
 
 def triton(

@@ -44,9 +44,23 @@ _ACTIVATIONS = {
 }
 _POOLINGS = {nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool1d, nn.AvgPool1d, nn.MaxPool3d, nn.AvgPool3d}
 _ARITHMETIC = {operator.add, operator.mul, operator.sub, torch.add, torch.mul, torch.sub, torch.cat, torch.mean}
-_FUNCTIONALS = {torch.relu, torch.sigmoid, torch.tanh, functional.relu, functional.silu}
+_FUNCTIONALS = {
+    *(torch.relu, torch.sigmoid, torch.tanh, functional.relu, functional.silu, functional.gelu),
+    *(functional.conv1d, functional.conv2d, functional.conv3d, functional.linear, torch.matmul, operator.matmul),
+    *(
+        functional.batch_norm,
+        functional.group_norm,
+        functional.layer_norm,
+        functional.max_pool2d,
+        functional.avg_pool2d,
+    ),
+}
 _NEW = _WITH_WEIGHTS | _ACTIVATIONS | _POOLINGS | _ARITHMETIC | _FUNCTIONALS
 """What returns a new tensor when it does not work in place; all else might return a view of its operands."""
+
+_ABOUT = {"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"}
+_ASKING = {"size", "dim", "numel", "ndimension", "is_floating_point"}
+"""Attributes and methods that tell about a tensor, and nothing of its values."""
 
 
 def impurity(graph: fx.GraphModule) -> str | None:
@@ -90,11 +104,17 @@ def _other_reader(graph: fx.GraphModule, value: fx.Node, reader: fx.Node) -> str
     """Who but ``reader`` reads ``value`` or something that ``value`` may be a view of."""
     if value.op == "get_attr":
         return "the next call reads"
-    others = [user.name for user in value.users if user is not reader]
+    others = [user.name for user in value.users if user is not reader and not _asks(user)]
     if others or _is_new(graph, value):
         return f"{others[0]} reads" if others else None
     operands = _overwritten(graph, value) or value.all_input_nodes  # an in-place operation returns what it overwrote
     return next((found for operand in operands if (found := _other_reader(graph, operand, value)) is not None), None)
+
+
+def _asks(node: fx.Node) -> bool:
+    """Whether a node reads none of its operand's values."""
+    attribute = node.op == "call_function" and node.target is getattr and node.args[1] in _ABOUT
+    return attribute or (node.op == "call_method" and node.target in _ASKING)
 
 
 def _is_new(graph: fx.GraphModule, node: fx.Node) -> bool:

@@ -30,23 +30,19 @@ from foldgroup.nn.dgconv import DGConv, DGConv1d, DGConv2d, DGConv3d
 from foldgroup.untraceable import why
 
 
-class _Proxy(fx.Proxy):
+class Proxy(fx.Proxy):
     """Keeps ``x += y`` what it is. Plain torch.fx records ``x = x + y``, which other names of x would not see."""
 
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self._overwritten_by(operator.iadd, other)
 
-    def __isub__(self, other: Any) -> fx.Proxy:
-        return self._overwritten_by(operator.isub, other)
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self._overwritten_by(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> fx.Proxy:
-        return self._overwritten_by(operator.itruediv, other)
-
-    def _overwritten_by(self, operation: Callable[[Any, Any], Any], other: Any) -> fx.Proxy:
+def _in_place(operation: Callable[[Any, Any], Any]) -> Callable[[Proxy, Any], fx.Proxy]:
+    def overwrite(self: Proxy, other: Any) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    return overwrite
+
+
+for _name in ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor"):
+    setattr(Proxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))  # all that a tensor has
 
 
 MODULE_CALLS = threading.RLock()
@@ -56,17 +52,20 @@ Tracing does, and so may exporting.
 """
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     """Keeps torch's own layers and DGConv as single nodes."""
 
     def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        """The graph of a module."""
         with MODULE_CALLS:
             return super().trace(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        """Of the value of ``node``."""
+        return Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is one node."""
         return isinstance(m, DGConv) or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -77,11 +76,16 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
 
     Raises:
         TraceError: if the model's control flow depends on its input (naming the line), if it takes more than one input,
-            or if it does not accept this shape.
+            if it does not accept this shape, or if calling it does more than its ``forward()``.
     """
+    if model._forward_hooks or model._forward_pre_hooks or type(model).__call__ is not nn.Module.__call__:
+        raise TraceError(
+            f"{type(model).__name__} has hooks or a __call__() of its own, which its graph would not: wrap it in a "
+            "module whose forward() does what they do"
+        )
     model.eval()
     try:
-        graph = fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
+        graph = fx.GraphModule(model, _traced(model, input_shape), type(model).__name__)
     except Exception as error:
         raise TraceError(why(type(model).__name__, error)) from error
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -94,6 +98,19 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
         node.meta = {"origin": node.name}
     attach_shapes(graph, input_shape)
     return graph
+
+
+def _traced(model: nn.Module, input_shape: tuple[int, ...]) -> fx.Graph:
+    """What torch.fx sees of ``model``; if it cannot be traced so, with the sizes that follow from ``input_shape``."""
+    from foldgroup.sized_trace import SizedTracer
+
+    try:
+        return Tracer().trace(model)
+    except Exception as error:  # forward() raises what it likes
+        try:
+            return SizedTracer(input_shape).trace(model)
+        except Exception:
+            raise error from None
 
 
 def check_trains_alike(model: nn.Module) -> None:
@@ -115,7 +132,7 @@ def check_trains_alike(model: nn.Module) -> None:
     told = []
     try:
         for mode in (False, True):
-            nodes = _Tracer().trace(copy.deepcopy(model).train(mode)).nodes  # a copy: constants would be kept in it
+            nodes = Tracer().trace(copy.deepcopy(model).train(mode)).nodes  # a copy: constants would be kept in it
             told.append([(node.name, node.op, node.target, str(node.args), str(node.kwargs)) for node in nodes])
     except Exception as error:
         raise TraceError(why(type(model).__name__, error)) from error
@@ -243,6 +260,14 @@ def add_module(graph: fx.GraphModule, name: str, module: nn.Module) -> str:
     while name in taken or hasattr(graph, name):
         name += "_"
     graph.add_submodule(name, module)
+    return name
+
+
+def add_buffer(graph: fx.GraphModule, name: str, tensor: Tensor) -> str:
+    """Add ``tensor`` under ``name``, or the next name that the network has not taken; returns the name."""
+    while hasattr(graph, name):
+        name += "_"
+    graph.register_buffer(name, tensor)
     return name
 
 

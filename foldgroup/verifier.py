@@ -31,12 +31,13 @@ from foldgroup.equivalence import (
     worst_layer,
 )
 from foldgroup.errors import BundleError, EquivalenceError, RunnerError, UnavailableError
-from foldgroup.folding import Folded, fold
+from foldgroup.folding import Folded, fold, pipeline_here
 from foldgroup.golden import Golden
 from foldgroup.images import labelled_batches, sample
 from foldgroup.lowering import recorded_form
 from foldgroup.manifest import learned_layers
 from foldgroup.own_model import ModelSource
+from foldgroup.pipeline import Pipeline
 from foldgroup.run import Runner
 from foldgroup.run.base import run_all
 from foldgroup.targets import Variant, make_runner, parse_variants
@@ -102,6 +103,7 @@ def verify(
     checkpoint: str | Path | nn.Module | None = None,
     *,
     model: ModelSource | None = None,
+    pipeline: Pipeline | None = None,
     target: Sequence[str] = (),
     data: str | Path | None = None,
     on_step: Callable[[str], None] = lambda _: None,
@@ -110,6 +112,7 @@ def verify(
 
     ``checkpoint`` may be the module that was compiled. ``model`` names the function that builds a checkpoint's network,
     if one was named when it was compiled: the bundle knows its name, but no bundle decides what code is run.
+    ``pipeline`` are the passes that it was compiled with, if they were not the default ones.
 
     ``target`` are names such as ``openvino`` or ``openvino:int8``; by default every target and precision that the
     bundle was compiled for. What cannot run here is reported, and a precision left without a target is judged by its
@@ -128,10 +131,11 @@ def verify(
         result.checks.append(CheckResult("files", True, f"{opened.check_files()} files have their recorded SHA-256"))
     on_step("files")
     golden = Golden.load(opened)
-    folded = _fold_again(opened, checkpoint, model, result) if checkpoint is not None else None
+    folded = _fold_again(opened, checkpoint, model, pipeline, result) if checkpoint is not None else None
     on_step("training form")
     if folded is not None:
         golden = golden.again(folded.training)
+        golden.check_seen(folded.traced.checkpoint.model, folded.training)
         _check_models(opened, folded, result)
         error = float64_error(golden.outputs, folded.folded, golden.inputs)
         finding = f"max error {error:.1e} of the largest output, limit {FLOAT64_LIMIT:.0e}"
@@ -173,7 +177,11 @@ class _recorded:
 
 
 def _fold_again(
-    bundle: Bundle, checkpoint: str | Path | nn.Module, model: ModelSource | None, result: Verification
+    bundle: Bundle,
+    checkpoint: str | Path | nn.Module,
+    model: ModelSource | None,
+    pipeline: Pipeline | None,
+    result: Verification,
 ) -> Folded | None:
     options = bundle.passes["options"]
     built_by, shape = options.get("model"), options.get("input_shape")  # older bundles have neither
@@ -189,13 +197,29 @@ def _fold_again(
     finding = "the file that was compiled" if same else "not the file that was compiled: judged by its weights alone"
     result.checks.append(CheckResult("checkpoint", True, finding))
     with _recorded(result, "certificate"):
+        _check_passes(bundle, pipeline)
         cost = _costs(bundle)
-        folded = fold(loaded, cost=cost, input_shape=shape, input_size=None if shape else options["input_size"])
+        size = None if shape else options["input_size"]
+        folded = fold(loaded, pipeline=pipeline, cost=cost, input_shape=shape, input_size=size)
         counts = folded.certificate
         finding = f"{counts.weights_kept:,} weights bit-equal, {counts.weights_pruned:,} pruned where the mask is zero"
         result.checks.append(CheckResult("certificate", True, finding))
         return folded
     return None
+
+
+def _check_passes(bundle: Bundle, pipeline: Pipeline | None) -> None:
+    """Refuse to judge by other passes than those that the bundle was compiled with."""
+    try:
+        ran = [str(record["name"]) for record in bundle.passes["passes"]]
+    except (LookupError, TypeError) as error:
+        raise BundleError(f"{bundle.path / PASSES}: its passes cannot be read ({error!r}); compile again") from error
+    here = [step.name for step in (pipeline or pipeline_here()).passes]
+    if ran != here:
+        raise EquivalenceError(
+            f"it was compiled by other passes ({', '.join(ran)}) than there are here ({', '.join(here)}): install the "
+            "package that they are from, or in Python give verify() the pipeline, or compile again"
+        )
 
 
 def _costs(bundle: Bundle) -> CostTable | None:

@@ -38,7 +38,7 @@ from foldgroup.planning.cost import Cost, CostModel, CostSource
 from foldgroup.planning.report import conflict, describe
 from foldgroup.planning.solver import Solution, solve
 from foldgroup.segments import Segment
-from foldgroup.trace import called_module, fork
+from foldgroup.trace import add_buffer, called_module, fork
 
 
 class AbsorbShuffles(Pass):
@@ -278,14 +278,11 @@ class _Absorption:
         """Let a tensor that the graph reads directly follow its order, under a name of its own."""
         axis = self.channels.axes[node]
         assert axis is not None
-        name = str(node.target).replace(".", "_") + "_ordered"
-        while hasattr(self.graph, name):
-            name += "_"
         tensor: Any = self.graph
         for part in str(node.target).split("."):
             tensor = getattr(tensor, part)
-        self.graph.register_buffer(name, tensor.detach().index_select(axis, self.own[node].index.to(tensor.device)))
-        copy.target = name
+        ordered = tensor.detach().index_select(axis, self.own[node].index.to(tensor.device))
+        copy.target = add_buffer(self.graph, str(node.target).replace(".", "_") + "_ordered", ordered)
         self._note(node, [("channels", node)])
 
 

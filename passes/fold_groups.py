@@ -28,7 +28,7 @@ from foldgroup.channel_order import ChannelOrder
 from foldgroup.errors import PassError
 from foldgroup.forms import ChannelShuffle, MaskedConv, conv_like
 from foldgroup.pipeline import Note, Pass, PassResult, Stage
-from foldgroup.trace import called_module, fork, shape_of
+from foldgroup.trace import add_module, called_module, fork, shape_of
 
 
 class FoldGroups(Pass):
@@ -91,9 +91,7 @@ def _grouped(layer: MaskedConv) -> _ConvNd:
 
 
 def _insert(graph: fx.GraphModule, name: str, order: ChannelOrder, source: fx.Node, layer: str) -> fx.Node:
-    while hasattr(graph, name):  # the network may have a module of that name
-        name += "_"
-    graph.add_submodule(name, ChannelShuffle(order, inserted_for=layer))
+    name = add_module(graph, name, ChannelShuffle(order, inserted_for=layer))
     shuffle = graph.graph.call_module(name, (source,))
     shuffle.meta = {"origin": source.meta["origin"], "shape": source.meta["shape"]}
     return shuffle

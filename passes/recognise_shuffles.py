@@ -19,7 +19,7 @@ from foldgroup.forms import ChannelShuffle
 from foldgroup.pipeline import Note, Pass, PassResult, Stage
 from foldgroup.reshaping import shuffle_at
 from foldgroup.rules import rules_of
-from foldgroup.trace import fork
+from foldgroup.trace import add_module, fork
 
 
 class RecogniseShuffles(Pass):
@@ -41,10 +41,7 @@ class RecogniseShuffles(Pass):
             source, order = found
             if {before.get(source.name, 1), before[node.name]} != {1}:
                 continue  # dimension 1 is not the channels here
-            name = f"{node.name}_shuffle"
-            while hasattr(result, name):
-                name += "_"
-            result.add_submodule(name, ChannelShuffle(order, inserted_for=""))
+            name = add_module(result, f"{node.name}_shuffle", ChannelShuffle(order, inserted_for=""))
             with result.graph.inserting_before(node):
                 shuffle = result.graph.call_module(name, (source,))
             shuffle.meta = {"origin": node.meta["origin"], "shape": node.meta["shape"]}

@@ -661,6 +661,29 @@ def _other_axis() -> tuple[fx.GraphModule, fx.GraphModule]:
 
 ATTACKS["a constant reordered along another axis than its reader's"] = _other_axis
 
+
+class AlongWidthAndChannels(nn.Module):
+    """One parameter along the width, then along the channels; both are 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.learned, self.scale = conv(3, 8), learned(8, 8, (1, 0, 0)), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.learned(functional.relu(self.conv(x) + self.scale)).mean((2, 3)) * self.scale
+
+
+def _along_the_width() -> tuple[fx.GraphModule, fx.GraphModule]:
+    training = trace(filled(AlongWidthAndChannels()), (2, 3, 8, 8))
+    f = Forger(training)
+    moved = f.constant("moved", training.get_parameter("scale").detach()[list(CYCLE)], "scale", out_order=CYCLE)
+    relu = f.again("relu", f.again("add", f.upto("conv"), moved))
+    scale = f.constant("as_it_was", training.get_parameter("scale").detach(), "scale")
+    return f.done(f.again("mul", f.again("mean", f.again("learned", relu)), scale))
+
+
+ATTACKS["a constant reordered for a reader to which it has no channels"] = _along_the_width
+
 # ---- reshapes ----------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import onnx
 import pytest
 import tiny
 import torch
+from graphs import Call, Scale, conv, filled, learned
 from PIL import Image
 from torch import fx, nn
 
@@ -24,7 +25,15 @@ from foldgroup.checkpoint import Preprocessing, save_checkpoint
 from foldgroup.compiler import _golden, compile
 from foldgroup.emit import tensorrt
 from foldgroup.engines import EngineSettings
-from foldgroup.errors import BundleError, EmitError, EquivalenceError, FoldgroupError, RunnerError, TargetError
+from foldgroup.errors import (
+    BundleError,
+    EmitError,
+    EquivalenceError,
+    FoldgroupError,
+    RunnerError,
+    TargetError,
+    TraceError,
+)
 from foldgroup.golden import Golden
 from foldgroup.nn import BottleneckConfig, GroupableResNet, StageConfig
 from foldgroup.pipeline import Pass, PassResult
@@ -327,6 +336,14 @@ def test_the_few_layers_that_hurt_most_can_be_found_by_measuring(
         ({"keep_float": ["fc"]}, TargetError, "fp32 keeps everything"),
         ({"keep_float": ["auto"], "precision": "fp16", "engine": False}, TargetError, "add int8"),
         ({"keep_float": ["nowhere"], "precision": "fp16", "engine": False}, EmitError, "no convolution"),
+        ({"calibrate": "photos"}, TargetError, "--calibrate has no effect without --precision int8"),
+        ({"calibration_images": 5}, TargetError, "--calibration-images has no effect"),
+        ({"calibration": "entropy", "precision": "fp16", "engine": False}, TargetError, "--calibration has no effect"),
+        ({"reduce_range": False}, TargetError, "--reduce-range has no effect"),
+        ({"tuning_db": "times.db"}, TargetError, "--tune-db has no effect without --tune"),
+        ({"vector_width": 8, "packing": False}, TargetError, "give one of them"),
+        ({"tune": True, "packing": False}, FoldgroupError, "give one of them"),
+        ({"target": ["openvino:fp16"], "emit": ["triton"]}, EmitError, "Triton can serve none of these: openvino"),
         ({"engine_settings": EngineSettings(compatibility="ampere_plus")}, FoldgroupError, "compatibility|--gpu"),
     ],
 )
@@ -413,3 +430,84 @@ def test_passes_of_others_wait_for_what_runs_beside_them(
     pipeline = default_pipeline().insert(Tracing(), before="decode_gates")
     compile(tiny_checkpoint, tmp_path / "b", engine=False, pipeline=pipeline)
     assert done == ["reference", "tracing"]
+
+
+def test_a_bundle_of_other_passes_is_verified_with_them(tmp_path: Path) -> None:
+    """Without absorbed shuffles, weights are in another order."""
+    model, passes = filled(nn.Sequential(learned(8, 8, (1, 0, 0)), nn.ReLU(), conv(8, 4))), default_pipeline()
+    passes = passes.without("absorb_shuffles")
+    bundle = compile(model, tmp_path / "b", example_input=(1, 8, 6, 6), engine=False, pipeline=passes)
+    assert verify(bundle.path, model, pipeline=passes)
+    result = verify(bundle.path, model)
+    (failed,) = (check for check in result.checks if check.passed is False)
+    assert failed.name == "certificate" and "in Python give verify() the pipeline" in failed.finding
+
+
+class AsksForTensors(nn.Sequential):
+    """Computes with a tensor what its graph, which is made with something else, does not have."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Twice the result."""
+        x = super().forward(x)
+        return x * 2 if isinstance(x, torch.Tensor) else x
+
+
+class Drops(nn.Module):
+    """Never the same twice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Half of it."""
+        return nn.functional.dropout(x)
+
+
+def test_a_network_that_computes_what_tracing_does_not_see_is_refused(tmp_path: Path) -> None:
+    seen = nn.Sequential(learned(8, 8, (1, 0, 0)), nn.ReLU())
+    good = compile(seen, tmp_path / "good", example_input=(1, 8, 6, 6), engine=False)
+    for model in (AsksForTensors(*seen), nn.Sequential(*seen, Drops())):
+        with pytest.raises(TraceError, match="computes something else than tracing sees of it"):
+            compile(model, tmp_path / "b", example_input=(1, 8, 6, 6), engine=False)
+        with pytest.raises(TraceError, match="computes something else than tracing sees of it"):
+            verify(good.path, model)
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+
+
+def test_a_network_in_half_precision_is_what_tracing_sees_of_it(tmp_path: Path) -> None:
+    model = nn.Sequential(learned(8, 8, (1, 0, 0)), nn.ReLU(), conv(8, 4)).half()
+    assert compile(model, tmp_path / "b", example_input=(1, 8, 6, 6), engine=False)
+
+
+def test_a_network_that_gives_no_numbers_is_said_to(tmp_path: Path) -> None:
+    model = nn.Sequential(learned(8, 8, (1, 0, 0)), Call(torch.log))
+    with pytest.raises(TraceError, match="the trained network itself gives infinite numbers, or none at all"):
+        compile(model, tmp_path / "b", example_input=(1, 8, 6, 6), engine=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_network_in_float64_is_rounded_wherever_it_keeps_its_tensors(tmp_path: Path, precision: str) -> None:
+    model = filled(nn.Sequential(learned(8, 8, (1, 0, 0)), Scale(8, 1, 1), conv(8, 4))).double()
+    bundle = compile(model, tmp_path / "b", example_input=(1, 8, 6, 6), engine=False, precision=precision)
+    assert verify(bundle.path, model)
+
+
+class Enlarged(nn.Module):
+    """A transposed convolution that is told the size of its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learned, self.up = learned(8, 8, (1, 0, 0), stride=2), nn.ConvTranspose2d(8, 4, 3, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, 4, H, W] of [N, 8, H, W]."""
+        return self.up(self.learned(x), output_size=x.shape[-2:])
+
+
+def test_a_layer_with_several_operands_can_be_kept_in_float(tmp_path: Path) -> None:
+    bundle = compile(
+        *(filled(Enlarged()), tmp_path / "b"),
+        example_input=(1, 8, 6, 6),
+        engine=False,
+        precision="fp16",
+        keep_float=["up"],
+    )
+    assert bundle.models["fp16"]["keep_float"] == ["up"]

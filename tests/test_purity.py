@@ -122,6 +122,26 @@ def test_overwriting_what_something_else_reads_is_impure(name):
     assert message in str(impurity(graph_of(*layers)))
 
 
+class Asks(nn.Module):
+    """Overwrites a convolution's result, whose sizes it asks for, and that of a norm that is a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = conv(3, 8), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        channels, rank, kind = x.shape[1], x.dim(), x.dtype
+        x = functional.relu(x, inplace=True).to(kind) * (channels + rank)
+        norm = self.norm
+        x = functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+        return functional.relu(x, inplace=True)
+
+
+def test_asking_for_sizes_reads_no_values_and_a_norm_makes_new_ones():
+    assert impurity(trace(Asks(), SHAPE)) is None
+
+
 def test_a_shuffle_of_nothing_may_be_a_view():
     """Reshape – Transpose – Reshape of one digit copies nothing, so what overwrites it overwrites its operand."""
     graph = fork(graph_of(conv(3, 8), lambda x: torch.relu_(x + 0) * x))

@@ -33,6 +33,30 @@ def test_a_graph_computes_what_the_module_does(name):
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("symbol", ["+=", "-=", "*=", "/=", "//=", "%=", "**="])
+def test_what_is_overwritten_in_place_is_seen_under_its_other_names(symbol):
+    scope: dict[str, object] = {}
+    exec(f"def forward(x):\n    y = x * 1\n    z = y\n    y {symbol} 2\n    return y + z", scope)
+    x = torch.randn(SHAPE)
+    assert torch.equal(trace(Call(scope["forward"]), SHAPE)(x), scope["forward"](x))
+
+
+class Doubled(nn.Sequential):
+    """Does more than its ``forward()`` when it is called."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+
+def test_a_network_that_does_more_than_its_forward_is_refused():
+    hooked, told = nn.Sequential(conv(3, 8)), nn.Sequential(conv(3, 8))
+    hooked.register_forward_hook(lambda *_: None)
+    told.register_forward_pre_hook(lambda *_: None)
+    for model in (hooked, told, Doubled(conv(3, 8))):
+        with pytest.raises(TraceError, match=r"hooks or a __call__\(\) of its own"):
+            trace(model, SHAPE)
+
+
 def test_learned_layers_and_torchs_own_are_single_nodes():
     graph = trace(g_resnext17_cifar(), (1, 3, 8, 8))
     called = [called_module(graph, node) for node in graph.graph.nodes if node.op == "call_module"]

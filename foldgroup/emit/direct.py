@@ -235,8 +235,9 @@ def mean(writer: Writer, node: fx.Node) -> Value:
     """Over any axes but the batch."""
     given, dims, keep = bound(node, "input", "dim", keepdim=False)
     x = writer.computed(node, given)
-    axes = tuple(d % len(x.shape) for d in (dims if isinstance(dims, tuple | list) else [dims]) if isinstance(d, int))
-    if not axes or 0 in axes or len(set(axes)) != len(axes):
+    given_axes = list(dims) if isinstance(dims, tuple | list) else [dims]
+    axes = tuple(d % len(x.shape) for d in given_axes if isinstance(d, int))
+    if not axes or 0 in axes or len(set(axes)) != len(given_axes):
         raise Unfamiliar(f"{node.name} is the mean over {dims}")
     return _mean(writer, node, x, axes, bool(keep))
 

@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,9 +25,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from foldgroup.emit import direct
+from foldgroup.equivalence import layer_calls
 from foldgroup.errors import EmitError, EquivalenceError, RunnerError
 from foldgroup.outputs import outputs_of
 from foldgroup.trace import MODULE_CALLS, called_module, fork
+from foldgroup.weights import equal_bits
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
@@ -70,7 +73,13 @@ def export_onnx(graph: fx.GraphModule, input_shape: tuple[int, ...], *, fixed_ba
         content = _checked(direct.write(model, outputs, given, opset))
     except Exception as reason:  # Unfamiliar, or what the writer did not foresee: slower is better than not at all
         _logger.debug("left to torch's exporter: %r", reason)
-        content = _checked(_by_torch(model, list(outputs), input_shape, opset, fixed_batch=fixed_batch))
+        by_torch = partial(_by_torch, model, list(outputs), input_shape, opset, fixed_batch=fixed_batch)
+        content = _checked(by_torch(optimize=True))
+        try:
+            stored_weights_match(content, model)
+            return content
+        except EquivalenceError:  # its optimiser folds batch norms that the passes have left for a reason
+            content = _checked(by_torch(optimize=False))
     stored_weights_match(content, model)
     return content
 
@@ -88,7 +97,13 @@ def _checked(proto: ModelProto) -> bytes:
 
 
 def _by_torch(
-    model: fx.GraphModule, outputs: Sequence[str], input_shape: tuple[int, ...], opset: int, *, fixed_batch: bool
+    model: fx.GraphModule,
+    outputs: Sequence[str],
+    input_shape: tuple[int, ...],
+    opset: int,
+    *,
+    fixed_batch: bool,
+    optimize: bool,
 ) -> ModelProto:
     """What torch's exporter makes of ``model``, whose nodes' meta is lost; named and stripped."""
     for node in model.graph.nodes:
@@ -112,11 +127,12 @@ def _by_torch(
                 dynamic_shapes=shapes,
                 opset_version=opset,
                 verbose=False,
+                optimize=optimize,
             )
         assert program is not None
         proto: ModelProto = program.model_proto
     except Exception as error:
-        raise EmitError(f"ONNX export failed: {error}") from error
+        raise EmitError(f"ONNX export failed: {_innermost(error)}") from error
     finally:
         logger.setLevel(level)
     _name_after_layers(proto, outputs)
@@ -148,11 +164,11 @@ def stored_weights_match(model: bytes, graph: fx.GraphModule) -> int:
     readers = {value: node for node in proto.graph.node for value in node.input}
     constants = _Constants(proto)
     compared = 0
-    for node in graph.graph.nodes:
+    for name, node in layer_calls(graph):
         module = called_module(graph, node)
-        if not isinstance(module, _ConvNd | nn.Linear) or is_parametrized(module):
+        assert isinstance(module, _ConvNd | nn.Linear)
+        if is_parametrized(module):
             continue
-        name = str(node.target)
         if name not in stored:
             raise EquivalenceError(f"{name}: there is no such layer in {MODEL}")
         operands = list(stored[name].input[1:])
@@ -179,7 +195,7 @@ class _Stored:
         if tensor.shape != self.values.shape:
             return False
         if self.step is None:
-            return torch.equal(self.values, tensor.detach().to(self.values.dtype))
+            return equal_bits(self.values, tensor.detach().to(self.values.dtype))
         # Rounding to the nearest multiple errs by half a step; the scale itself was rounded to float32.
         return bool(((self.values - tensor.detach().double()).abs() <= self.step * (0.5 + 1e-4)).all())
 
@@ -195,6 +211,10 @@ class _Constants:
         if name in self.tensors:
             return _Stored(self._tensor(name))
         node = self.makers.get(name)
+        if node is not None and node.op_type == "Transpose" and node.input[0] in self.tensors:
+            values = self._tensor(node.input[0])
+            axes = [list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"]
+            return _Stored(values.permute(axes[0] if axes else list(range(values.ndim))[::-1]))
         if node is None or node.op_type != "DequantizeLinear" or node.input[0] not in self.tensors:
             return None
         integers, scale = self._tensor(node.input[0]).double(), self._tensor(node.input[1]).double()
@@ -290,11 +310,23 @@ def _name_after_layers(proto: ModelProto, outputs: Sequence[str]) -> None:
             rename(node.output[0], product.name)
         if layer in with_weights and not beside:
             products[str(layer)] = node
+    made = {renamed.get(value, value) for node in proto.graph.node for value in node.output}
+    for tensor in proto.graph.initializer:  # the exporter's names look like ours
+        while renamed.get(tensor.name, tensor.name) in made:
+            renamed[tensor.name] = f"{renamed.get(tensor.name, tensor.name)}:0"
+        made.add(renamed.get(tensor.name, tensor.name))
     for node in proto.graph.node:
         node.input[:] = [renamed.get(value, value) for value in node.input]
         node.output[:] = [renamed.get(value, value) for value in node.output]
     for named in (*proto.graph.value_info, *proto.graph.output, *proto.graph.initializer):
         named.name = renamed.get(named.name, named.name)
+
+
+def _innermost(error: BaseException) -> str:
+    """What an error came from, in one line; torch's exporter wraps it in a page of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().split("\n")[0] or repr(error)
 
 
 def _layer(node: NodeProto) -> str | None:

@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from foldgroup.errors import EmitError
 from foldgroup.forms import with_tensors
-from foldgroup.trace import called_module, fork
+from foldgroup.trace import add_buffer, called_module, fork
 
 Precision: TypeAlias = Literal["fp32", "fp16", "bf16", "int8"]
 
@@ -47,10 +47,23 @@ def typed(graph: fx.GraphModule, dtype: torch.dtype, keep_float: Collection[str]
         if other:
             rounded = {key: _rounded(t, kind, name) for key, t in other.items()}
             result.add_submodule(name, with_tensors(module, rounded))
+    _round_attributes(result, dtype)
     if dtype != torch.float32:
         _cast_around(result, dtype, keep_float)
     result.recompile()
     return result.eval()
+
+
+def _round_attributes(graph: fx.GraphModule, dtype: torch.dtype) -> None:
+    """Round what nodes read directly, under other names."""
+    names: dict[str, str] = {}
+    for node in graph.graph.nodes:
+        value = operator.attrgetter(str(node.target))(graph) if node.op == "get_attr" else None
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != dtype:
+            name = str(node.target)
+            if name not in names:
+                names[name] = add_buffer(graph, f"{name.replace('.', '_')}_rounded", _rounded(value, dtype, name))
+            node.target = names[name]
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
@@ -71,10 +84,8 @@ def _cast_around(graph: fx.GraphModule, dtype: torch.dtype, keep_float: Collecti
         if node.op == "placeholder":
             _cast_after(node, dtype)
         elif node.op == "call_module" and str(node.target) in keep_float:
-            (source,) = node.all_input_nodes
+            source = node.all_input_nodes[0]  # a transposed convolution may be told the size of its output, too
             node.replace_input_with(source, _cast_before(node, source, torch.float32))
-            _cast_after(node, dtype)
-        elif node.op == "get_attr" and _is_floating(graph, node):
             _cast_after(node, dtype)
         elif node.op == "output":
             for source in node.all_input_nodes:  # the network's outputs, each once
@@ -95,11 +106,6 @@ def _cast_after(node: fx.Node, dtype: torch.dtype) -> None:
     cast.meta = dict(node.meta)
     for reader in readers:
         reader.replace_input_with(node, cast)
-
-
-def _is_floating(graph: fx.GraphModule, node: fx.Node) -> bool:
-    value = operator.attrgetter(str(node.target))(graph)
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def layers_named(graph: fx.GraphModule, patterns: Sequence[str]) -> tuple[str, ...]:

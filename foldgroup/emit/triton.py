@@ -107,7 +107,7 @@ def triton_repository(
     """
     import onnx
 
-    backend = _backend(variant)
+    backend = backend_of(variant)
     if (engine is None) != (variant.target.takes == "onnx"):
         raise EmitError(f"Triton serves {variant} from {'the ONNX file alone' if engine else 'an engine: build it'}")
     _check(name, classes, batch, instances, threads)
@@ -141,7 +141,12 @@ def triton_repository(
     return {f"{name}/{path}": content for path, content in sorted(files.items())}
 
 
-def _backend(variant: Variant) -> Backend:
+def backend_of(variant: Variant) -> Backend:
+    """The backend that serves a variant.
+
+    Raises:
+        EmitError: if there is none, or it cannot be told to compute so; with what to use instead.
+    """
     target = variant.target.name
     if target not in BACKENDS:
         raise EmitError(_INSTEAD.get(target, f"no backend of Triton is known for {target}"))

@@ -2,7 +2,7 @@
 
 A function f(a, b) is given by a table over classes of flags, ``f(a, b) = values[rows[a], columns[b]]``: a layer whose
 digits are Z sees of a flag no more than its longest prefix within Z. ``push`` takes the minimum over a. Flags are
-places in the domains of their sites (:mod:`foldgroup.planning.solver`); values are costs.
+places in the domains of their sites (:mod:`foldgroup.planning.domains`); values are costs.
 """
 
 from __future__ import annotations

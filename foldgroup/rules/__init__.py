@@ -67,7 +67,9 @@ def rules_of(graph: fx.GraphModule, *, to_change: bool = True) -> tuple[dict[fx.
     ``to_change``, it is a barrier.
     """
     shared: Set[str] = shared_modules(graph) if to_change else set()
-    reads = Counter(node.target for node in graph.graph.nodes if node.op == "get_attr")
+    reads: Counter[object] = Counter()
+    for node in graph.graph.nodes:
+        reads[node.target] += len(node.users) if node.op == "get_attr" else 0  # which may read it along other axes
     read_often = {target for target, count in reads.items() if count > 1} if to_change else set()
     rules: dict[fx.Node, Rule] = {}
     axes: dict[fx.Node, int | None] = {}

@@ -164,6 +164,36 @@ def test_what_cannot_be_exported_is_an_emit_error() -> None:
         export_onnx(trace(Unfit(), (1, 3, 4, 4)), (1, 3, 4, 4))
 
 
+class LeftToTorch(nn.Module):
+    """A batch norm that stays, a linear layer of tokens, and values that the exporter names as we do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = nn.ConvTranspose2d(8, 8, 2, 2, groups=2), nn.BatchNorm2d(8)
+        self.tokens, self.mixing = nn.Linear(8, 6), nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(nn.functional.gelu(self.norm(self.up(x))).flatten(2).transpose(1, 2))
+        weights = x.transpose(1, 2).softmax(1)
+        return (weights * weights).transpose(1, 2).mean(1) @ self.mixing.transpose(0, 1)
+
+
+def test_what_torchs_exporter_would_fold_or_name_twice_is_exported_all_the_same() -> None:
+    torch.manual_seed(0)
+    model = LeftToTorch()
+    with torch.no_grad():
+        model.norm.running_mean.normal_()
+        model.norm.running_var.uniform_(0.5, 2)
+    graph = trace(model, (1, 8, 4, 4))
+    exported, inputs = export_onnx(graph, (1, 8, 4, 4)), torch.randn(3, 8, 4, 4)
+    assert stored_weights_match(exported, graph) == 2
+    assert np.abs(run(exported, inputs) - graph(inputs).detach().numpy()).max() < 1e-5
+    forged = fork(graph)
+    forged.add_submodule("tokens", nn.Linear(8, 6))
+    with pytest.raises(EquivalenceError, match="tokens"):
+        stored_weights_match(exported, forged)
+
+
 class Clashes(nn.Module):
     """Outputs named after a layer, after a parameter and after what the exporter calls a value."""
 
