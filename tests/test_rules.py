@@ -9,10 +9,25 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from graphs import Call, Leaf, Scale, TiedWeights, Twice, compiled_case, conv, depthwise, filled, learned, node_of
+from graphs import (
+    Call,
+    Leaf,
+    Scale,
+    TiedWeights,
+    Twice,
+    assert_same_function,
+    compiled,
+    compiled_case,
+    conv,
+    depthwise,
+    filled,
+    learned,
+    node_of,
+)
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from foldgroup.certificate import certify
 from foldgroup.channel_order import ChannelOrder
 from foldgroup.equivalence import seeded_inputs
 from foldgroup.forms import ChannelShuffle
@@ -620,15 +635,7 @@ BARRIERS: dict[str, tuple[Layer, str]] = {
         "0 is transposed and has 2 groups of fixed channels",
     ),
     "convolution of one image": (one_image(conv(2, 4)), "0.1 reads a tensor that is not [N, C] and 2 more"),
-    "convolution of other channels": (
-        nn.Sequential(method("transpose", 1, 2), conv(6, 4)),
-        "0.1 works on dimension 1, which is not the channels",
-    ),
     "linear over the width": (nn.Linear(6, 6), "0 is linear over an axis other than the channels"),
-    "batch norm of rows": (
-        nn.Sequential(method("transpose", 1, 2), nn.BatchNorm2d(6)),
-        "0.1 works on dimension 1, which is not the channels",
-    ),
     "instance norm of one image": (one_image(nn.InstanceNorm2d(2)), "0.1 works on dimension 1, which is not the"),
     "group norm of rows": (
         nn.Sequential(method("transpose", 1, 2), nn.GroupNorm(2, 6)),
@@ -797,12 +804,49 @@ def test_a_shared_module_without_tensors_is_none():
     assert all(isinstance(rules[node], Through) for node in graph.graph.nodes if node.target == "0.layer")
 
 
+@pytest.mark.parametrize("layer", [conv(6, 4), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1, groups=3)])
+def test_what_a_layer_takes_for_channels_begins_before_it(layer):
+    graph = traced(nn.Sequential(method("transpose", 1, 2), nn.ReLU(), layer))
+    rules, axes = rules_of(graph)
+    (before,) = last(graph).all_input_nodes
+    assert rules[before] == Barrier(f"{before.name} makes channels of something else")
+    assert axes[before] == 1 and not isinstance(checked(graph), Barrier)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.unflatten(1, (2, 4)).amax(1),
+        lambda x: torch.stack(x.chunk(2, 1), 1).sum(1).sigmoid(),
+        lambda x: torch.stack([x[:, :4], x[:, 4:]]).mean(0),
+        lambda x: x.flatten(2).transpose(1, 2)[:, :4].unsqueeze(-1),
+    ],
+)
+def test_networks_that_make_channels_of_something_else_are_compiled_and_proven(function):
+    """As maxout, selective kernels and split attention do."""
+    model = nn.Sequential(
+        conv(3, 8), Call(function), learned(4, 8, (1, 0)), nn.BatchNorm2d(8), learned(8, 8, (0, 1, 0))
+    )
+    case = compiled(filled(model), (2, 3, 6, 6))
+    assert certify(case.training, case.result.graph).holds
+    assert_same_function(case.training, case.result.graph, (2, 3, 6, 6))
+
+
+def test_a_parameter_that_is_read_along_two_axes_follows_neither():
+    graph = traced(Own(lambda x, s: torch.relu(x + s).mean((2, 3)) * s, (8,)), (2, 8, 8, 8))
+    (rule,) = (rule for node, rule in rules_of(graph)[0].items() if node.op == "get_attr")
+    assert rule == Barrier("0.own.0 is read along several axes")
+
+
 def test_a_parameter_has_one_order_for_all_its_readers():
     graph = traced(Own(lambda x, s: torch.tanh(x * s) * s, (8, 1, 1)))
     assert [rule for node, rule in rules_of(graph)[0].items() if node.op == "get_attr"] == [Constant(0)]
     assert isinstance(checked(graph), Through)
     graph = traced(Own(lambda x, s: (x * s).transpose(1, 2) * s, (8, 8, 1)), (2, 8, 8, 8))
-    assert "has operands with channels on different axes" in last_rule(graph).reason
+    assert "has operands with channels on different axes" in rules_of(graph, to_change=False)[0][last(graph)].reason
+    rules = {node.name: rule for node, rule in rules_of(graph)[0].items()}
+    assert "has operands with channels on different axes" in rules["mul"].reason  # the parameter stays as it is
+    assert isinstance(checked(graph), Through)
 
 
 class ReadTwice(nn.Module):

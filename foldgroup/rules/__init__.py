@@ -19,10 +19,13 @@ A rule is added by one entry in :data:`MODULE_RULES` or :data:`CALL_RULES` (``ta
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Mapping, Set
 
 from torch import fx
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
+from foldgroup.forms import ChannelShuffle
 from foldgroup.rules.kinds import (
     Barrier,
     Call,
@@ -64,18 +67,33 @@ def rules_of(graph: fx.GraphModule, *, to_change: bool = True) -> tuple[dict[fx.
     """The rule of every node of ``graph``, whose nodes carry shapes, and the channel axis of every tensor.
 
     What is used in several places cannot follow the orders of all of them: unless the graph is only to be read, and not
-    ``to_change``, it is a barrier.
+    ``to_change``, it is a barrier. So is what makes a convolution's input of something other than channels, such as the
+    largest of two halves: the convolution's channels begin there, in their order.
     """
     shared: Set[str] = shared_modules(graph) if to_change else set()
-    reads: Counter[object] = Counter()
-    for node in graph.graph.nodes:
-        reads[node.target] += len(node.users) if node.op == "get_attr" else 0  # which may read it along other axes
+    reads = Counter(node.target for node in graph.graph.nodes if node.op == "get_attr")
     read_often = {target for target, count in reads.items() if count > 1} if to_change else set()
+    barriers: dict[fx.Node, Barrier] = {}
+    while True:
+        rules, axes = _rules(graph, shared, read_often, barriers)
+        found = {node: Barrier(f"{node.name} makes channels of something else") for node in _begin(graph, axes, rules)}
+        if to_change:
+            found |= {
+                node: Barrier(f"{node.target} is read along several axes") for node in _read_otherwise(rules, axes)
+            }
+        if not found.keys() - barriers.keys():
+            return rules, axes
+        barriers |= found
+
+
+def _rules(
+    graph: fx.GraphModule, shared: Set[str], read_often: Set[object], barriers: Mapping[fx.Node, Barrier]
+) -> tuple[dict[fx.Node, Rule], dict[fx.Node, int | None]]:
     rules: dict[fx.Node, Rule] = {}
     axes: dict[fx.Node, int | None] = {}
     for node in graph.graph.nodes:
         call = Call(graph, node, rules, called_module(graph, node), axes)
-        rule = _rule(call, shared)
+        rule = barriers[node] if node in barriers else _rule(call, shared)
         if isinstance(rule, Constant) and (node.target in read_often or _owner(node) in shared):
             rule = Barrier(f"{node.target} is used more than once")
         axes.setdefault(node, _axis_of(rule, call))
@@ -84,6 +102,33 @@ def rules_of(graph: fx.GraphModule, *, to_change: bool = True) -> tuple[dict[fx.
         if isinstance(rule, Constant):
             rules[node] = Constant(axes[node])
     return rules, axes
+
+
+def _begin(graph: fx.GraphModule, axes: Mapping[fx.Node, int | None], rules: Mapping[fx.Node, Rule]) -> set[fx.Node]:
+    """Where something other than channels becomes what a layer takes for channels, along dimension 1."""
+    found = set()
+    for node in graph.graph.nodes:
+        module = called_module(graph, node)
+        if isinstance(module, _ConvNd | _BatchNorm) or (isinstance(module, ChannelShuffle) and module.dim == 1):
+            operand = node.all_input_nodes[0]
+            if len(shape_of(operand)) >= 2 and axes[operand] != 1:
+                while isinstance(rules[operand], Reads) and [*map(shape_of, operand.all_input_nodes)] == [
+                    shape_of(operand)
+                ]:
+                    operand = operand.all_input_nodes[0]  # what keeps the shape, and the lack of channels
+                found.add(operand)
+    return found
+
+
+def _read_otherwise(rules: Mapping[fx.Node, Rule], axes: Mapping[fx.Node, int | None]) -> set[fx.Node]:
+    """Tensors of the network with channels to one reader, which another reads along other axes."""
+
+    def carries(reader: fx.Node, tensor: fx.Node) -> bool:
+        rule = rules[reader]
+        return tensor in (*getattr(rule, "operands", ()), getattr(rule, "operand", None))
+
+    constants = (node for node, rule in rules.items() if isinstance(rule, Constant) and axes[node] is not None)
+    return {node for node in constants if not all(carries(reader, node) for reader in node.users)}
 
 
 def _rule(call: Call, shared: Set[str]) -> Rule:
