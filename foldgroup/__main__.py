@@ -8,6 +8,7 @@ every module apart. Nobody waits for that. What has to happen when a process end
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import sys
 
@@ -16,6 +17,9 @@ from foldgroup import cli
 
 def main() -> None:
     """Run the command line and leave with its exit status."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if isinstance(stream, io.TextIOWrapper):  # names may have letters that the terminal or file has not
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             cli.main()

@@ -32,6 +32,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -209,6 +210,14 @@ class Bundle:
         except OSError as error:
             raise BundleError(f"{self.path / name}: cannot be read ({error.strerror}); compile again") from error
 
+    def strange_files(self) -> list[str]:
+        """The files in its folder that are none of its own, by their path in it."""
+        own = {MANIFEST, PASSES, PREPROCESSING, ENGINES, GOLDEN, VERIFICATION, REPORT, *self.manifest["files"]}
+        with suppress(BundleError, LookupError, TypeError):  # damaged, so that its engines are strangers, too
+            own |= {str(engine["file"]) for engine in self.engines["engines"]} | {*self.engines.get("files", {})}
+        found = (entry.relative_to(self.path).as_posix() for entry in self.path.rglob("*") if not entry.is_dir())
+        return sorted(name for name in found if name not in own)
+
     def check_files(self) -> int:
         """Compare every file with the hash recorded for it; returns how many were checked.
 
@@ -260,6 +269,12 @@ def check_target(path: Path, *, force: bool, option: str = "-o") -> None:
         BundleError: if something is there that is no bundle, a bundle without ``force``, or no folder to write in.
     """
     try:
+        path.name.encode()
+    except UnicodeEncodeError as error:
+        raise BundleError(
+            f"{path.name!r} is no name for a bundle, as it is no UTF-8; choose another with {option}"
+        ) from error
+    try:
         if not path.parent.is_dir():
             raise BundleError(f"{path.parent}: there is no such folder; create it or choose another with {option}")
         if not os.access(path.parent, os.W_OK):
@@ -271,13 +286,19 @@ def check_target(path: Path, *, force: bool, option: str = "-o") -> None:
             f"{path}: cannot be written ({error.strerror}); choose another place with {option}"
         ) from error
     try:
-        read_bundle(path)
+        there = read_bundle(path)
     except BundleError as error:
         raise BundleError(
             f"{path}: exists and is no bundle, so it is left alone; choose another place with {option}"
         ) from error
     if not force:
         raise BundleError(f"{path}: exists; pass --force to replace this bundle, or choose another place with {option}")
+    strange = there.strange_files()
+    if strange:
+        raise BundleError(
+            f"{path}: holds {', '.join(strange[:3])}, which no compile wrote and --force would delete: move that, or "
+            f"choose another place with {option}"
+        )
 
 
 def write_bundle(path: Path, files: Mapping[str, bytes], *, force: bool = False) -> Bundle:
@@ -329,7 +350,7 @@ def _read_json(path: Path, *keys: str) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror}); compile again") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: not JSON ({error}); compile again") from error
     if not isinstance(document, dict):
         raise BundleError(f"{path}: not a JSON object; compile again")

@@ -28,6 +28,7 @@ from foldgroup.safe_load import check_tensors, load_file, shown
 FORMAT = 1
 """Version of foldgroup's own checkpoint layout."""
 LARGEST_IMAGE = 1 << 15
+LARGEST_MEAN = 1e30
 """Pixels of a side, at most, that a checkpoint may say its images have."""
 
 _COUNTER = ".num_batches_tracked"
@@ -327,6 +328,11 @@ def _plain(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     return plain
 
 
+def is_text(name: str) -> bool:
+    """Whether a name can be written down, which parts of file names that are no UTF-8 cannot."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def _own_record(document: object, num_classes: int | None = None) -> tuple[Preprocessing | None, tuple[str, ...]]:
     """Preprocessing and class names as :func:`save_checkpoint` wrote them; nothing for any other file.
 
@@ -342,11 +348,13 @@ def _own_record(document: object, num_classes: int | None = None) -> tuple[Prepr
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError("its 'preprocessing' or 'classes' is damaged: copy or train it again") from error
     sizes = 1 <= preprocessing.size <= preprocessing.resize <= LARGEST_IMAGE
-    if not sizes or not all(map(math.isfinite, mean)):
+    if not sizes or not all(abs(value) <= LARGEST_MEAN for value in mean):
         raise CheckpointError("its 'preprocessing' describes no image: copy or train it again")
     if not all(value > 0 and math.isfinite(value) for value in std):
         raise CheckpointError("its 'preprocessing' divides by a 'std' that is not positive: copy or train it again")
+    if len(mean) != 3 or len(std) != 3:
+        raise CheckpointError("its 'preprocessing' has no 'mean' and 'std' of three colours: copy or train it again")
     expected = len(classes) if num_classes is None else num_classes
-    if not all(isinstance(name, str) for name in classes) or len(classes) not in (0, expected):
+    if not all(isinstance(name, str) and is_text(name) for name in classes) or len(classes) not in (0, expected):
         raise CheckpointError(f"its 'classes' are not {expected} names, one a logit: copy or train it again")
     return preprocessing, classes

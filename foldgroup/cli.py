@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import click
 
 from foldgroup.errors import EquivalenceError, FoldgroupError
+from foldgroup.json_file import check_json_place, write_json
 from foldgroup.options import (
+    LARGEST,
     ExistingPath,
     Number,
     engine_options,
@@ -65,6 +67,25 @@ def _errors_are_messages(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
+def _reads_bundle(function: Callable[P, R]) -> Callable[P, R]:
+    """Lay what fails on the documents of the bundle given: not all of them have a hash, and they can hold anything."""
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            paths: Any = kwargs.get("paths") or [kwargs.get("bundle") or kwargs["path"]]
+            if not paths[-1].is_dir():
+                raise
+            raise FoldgroupError(
+                f"{paths[-1]}: it holds something that foldgroup does not write ({error!r}): compile again; if that "
+                "does not help, the mistake is foldgroup's"
+            ) from error
+
+    return wrapper
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="foldgroup")
 def main() -> None:
@@ -88,6 +109,7 @@ def main() -> None:
 @input_options
 @json_option
 @_errors_are_messages
+@_reads_bundle
 def inspect(path: Path, as_json: bool, **reading: Any) -> None:
     """Show the groups that a CHECKPOINT or BUNDLE has learned, or that a run has by its --json-log, layer by layer."""
     from foldgroup.training.log_reader import is_log, read_log
@@ -169,6 +191,7 @@ def compile(
 @click.option("--data", type=ExistingPath, help="Folder of labelled images, one sub-folder per class.")
 @json_option
 @_errors_are_messages
+@_reads_bundle
 def verify(
     paths: tuple[Path, ...], model: str | None, target: tuple[str, ...], data: Path | None, as_json: bool
 ) -> None:
@@ -193,7 +216,7 @@ def verify(
 @click.option("--against", multiple=True, help="A torchvision network, such as resnext50_32x4d; repeatable.")
 @run_on_option
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads inside one operation.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images at a time.")
+@click.option("--batch", type=click.IntRange(1, LARGEST), default=1, show_default=True, help="Images at a time.")
 @click.option(
     "--streams", type=click.IntRange(1), default=1, show_default=True, help="Calls at a time, to measure throughput."
 )
@@ -201,6 +224,7 @@ def verify(
 @click.option("--json", "json_file", type=ExistingPath, help="Also write the results here; - for standard output only.")
 @click.option("--baseline", type=ExistingPath, help="An earlier --json file to compare with, measured the same way.")
 @_errors_are_messages
+@_reads_bundle
 def bench(
     bundle: Path,
     against: tuple[str, ...],
@@ -215,8 +239,7 @@ def bench(
     """Measure BUNDLE against its training form and known networks, interleaved in one run."""
     from foldgroup.report.tables import benchmark_table, comparison_table
 
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise click.UsageError(f"{json_file}: there is no such folder to write to")
+    check_json_place(json_file)
     with _progress("bench") as step:
         from foldgroup.benchmarking import benchmark as run
         from foldgroup.earlier import compare, read_report
@@ -236,10 +259,7 @@ def bench(
     changes = compare(document, earlier) if earlier is not None else ()
     document |= {"since_baseline": [asdict(change) for change in changes]} if earlier is not None else {}
     if json_file is not None and str(json_file) != "-":
-        try:
-            json_file.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise click.UsageError(f"{json_file}: cannot be written ({error.strerror})") from error
+        write_json(json_file, document)
     _show(document if str(json_file) == "-" else benchmark_table(report))
     if changes and str(json_file) != "-":
         _show(comparison_table(changes))
@@ -252,6 +272,7 @@ def bench(
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes to show.")
 @json_option
 @_errors_are_messages
+@_reads_bundle
 def run(bundle: Path, images: tuple[Path, ...], target: str | None, top: int, as_json: bool) -> None:
     """Show what BUNDLE sees in IMAGES: the likeliest classes of each."""
     from foldgroup.predict import predict_with
@@ -266,6 +287,7 @@ def run(bundle: Path, images: tuple[Path, ...], target: str | None, top: int, as
 @click.argument("bundle", type=ExistingPath)
 @click.option("--dot", is_flag=True, help="Draw the channel spaces instead, in Graphviz's language.")
 @_errors_are_messages
+@_reads_bundle
 def explain(bundle: Path, dot: bool) -> None:
     """Tell what each pass did to BUNDLE, and why it left what it left."""
     from foldgroup.bundle import read_bundle
@@ -313,19 +335,19 @@ def tune(show: bool, export: Path | None, merge: tuple[Path, ...], database: Pat
 
     if not (show or export or merge):
         raise click.UsageError("say what to do: --show, --export FILE or --merge FILE")
-    opened = Database(database or default_path())
+    check_json_place(export)
+    place = database or default_path()
+    if export is not None and export.absolute() == place.absolute():
+        raise click.UsageError(f"{export}: is the database itself; export to another file")
+    opened = Database(place)
     for other in merge:
         taken = opened.merge(other)
         click.echo(f"{other}: {taken} layers new or measured longer", err=True)
     if export is not None:
-        document = json.dumps(opened.export(), indent=1, sort_keys=True) + "\n"
         if str(export) == "-":
-            click.echo(document, nl=False)
+            _show(opened.export())
         else:
-            try:
-                export.write_text(document, encoding="utf-8")
-            except OSError as error:
-                raise click.UsageError(f"{export}: cannot be written ({error.strerror})") from error
+            write_json(export, opened.export())
     if show:
         _show(tuning_table(opened))
 

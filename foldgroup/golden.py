@@ -6,7 +6,9 @@ says nothing about inputs outside the range it was calibrated for.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -85,9 +87,10 @@ class Golden:
         if dtype.itemsize < 4:
             dtype, model = torch.float32, copy.deepcopy(model).float()
         try:
-            with MODULE_CALLS, torch.no_grad():  # in inference mode what it keeps could not be trained
+            # In inference mode what it keeps could not be trained; what it prints is no result of ours.
+            with MODULE_CALLS, torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
                 outputs = flat(model(self.inputs.to(dtype, copy=True)))
-        except Exception as error:  # a network raises what it likes
+        except (Exception, SystemExit) as error:  # a network raises what it likes
             raise TraceError(f"the network itself does not run on {list(self.inputs.shape)}: {error}") from error
         limit = LIMITS["fp32"].max_error
         if outputs_error(outputs, self.outputs) <= limit:

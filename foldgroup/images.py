@@ -36,6 +36,8 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         ImageError: if there is no such file, or it is no image that Pillow reads whole.
     """
+    if path.exists() and not path.is_file():
+        raise ImageError(f"{path}: a directory, or no regular file; give images one by one")
     try:
         with Image.open(path) as image:
             image.load()

@@ -17,6 +17,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 ExistingPath = click.Path(path_type=Path)
 
 
+LARGEST = 2**31 - 1
+"""Of sizes and batches, which runtimes keep in 32 bits."""
+
+LARGEST_IMAGE = 1 << 15
+"""Of an image's height and width."""
+
+LARGEST_STEP = 1e38
+"""Of what is multiplied with weights, which are float32."""
+
+
 class BatchType(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
     """A number, or MIN:OPT:MAX."""
 
@@ -30,7 +40,11 @@ class BatchType(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
             numbers = tuple(int(part) for part in value.split(":"))
         except ValueError:
             numbers = ()
-        if len(numbers) not in (1, 3) or numbers[0] < 1 or list(numbers) != sorted(numbers):
+        if (
+            len(numbers) not in (1, 3)
+            or not 1 <= numbers[0] <= numbers[-1] <= LARGEST
+            or list(numbers) != sorted(numbers)
+        ):
             self.fail(f"{value!r} is neither a number of images nor MIN:OPT:MAX, such as 1:8:32", param, ctx)
         return numbers[0] if len(numbers) == 1 else numbers
 
@@ -75,7 +89,7 @@ class ShapeType(click.ParamType):  # type: ignore[type-arg]  # generic in newer 
         if not isinstance(value, str):
             return value
         sizes = value.replace("x", ",").split(",")
-        if not all(size.strip().isdecimal() and int(size) > 0 for size in sizes):
+        if not all(size.strip().isdecimal() and 0 < int(size) <= LARGEST for size in sizes):
             self.fail(
                 f"{value!r} is no shape of one input: give C,H,W or C,L or C,D,H,W, such as 3,224,224", param, ctx
             )
@@ -122,7 +136,7 @@ model_option = click.option(
 input_options = _group(
     click.option(
         "--input-size",
-        type=click.IntRange(1),
+        type=click.IntRange(1, LARGEST_IMAGE),
         help="Height and width of the input.  [default: as trained; with --model, 224]",
     ),
     click.option(
@@ -218,7 +232,9 @@ engine_options = _group(
     ),
     click.option("--no-engine", is_flag=True, help="Build none: leave out every target that takes one."),
     click.option("--optimization-level", type=click.IntRange(0, 5), help="Of TensorRT's builder."),
-    click.option("--workspace", type=click.IntRange(1), help="Scratch memory that TensorRT's builder may use, in MiB."),
+    click.option(
+        "--workspace", type=click.IntRange(1, LARGEST), help="Scratch memory that TensorRT's builder may use, in MiB."
+    ),
     click.option("--compatibility", help="TensorRT's hardware compatibility level, such as ampere_plus."),
     click.option(
         "--timing-cache",
@@ -326,10 +342,10 @@ training_options = _group(
         "Micro-batches that an update is summed over, to fit in memory; batch norm sees one at a time.",
         type=click.IntRange(1),
     ),
-    _setting("--learning-rate", type=Number(0, min_open=True)),
+    _setting("--learning-rate", type=Number(0, LARGEST_STEP, min_open=True)),
     _setting("--momentum", type=Number(0, 1, max_open=True)),
-    _setting("--weight-decay", "Not applied to gates.", type=Number(0)),
-    _setting("--gate-weight-decay", "Weight decay of the gates.", type=Number(0)),
+    _setting("--weight-decay", "Not applied to gates.", type=Number(0, LARGEST_STEP)),
+    _setting("--gate-weight-decay", "Weight decay of the gates.", type=Number(0, LARGEST_STEP)),
     _setting(
         "--freeze-gates",
         "Share of the epochs after which gates stop moving once the budget is met; 1: never, as in the paper.",
@@ -344,7 +360,7 @@ training_options = _group(
     _setting(
         "--input-size",
         "Height and width of the input; that of --finetune's checkpoint, if given.",
-        type=click.IntRange(8),
+        type=click.IntRange(8, LARGEST_IMAGE),
     ),
     click.option(
         "--validation",

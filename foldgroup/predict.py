@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from foldgroup.bundle import Bundle, precision_of, read_bundle
+from foldgroup.bundle import PREPROCESSING, Bundle, precision_of, read_bundle
 from foldgroup.errors import EquivalenceError, RunnerError
 from foldgroup.images import BATCH, preprocessing_of, read_batch
 from foldgroup.run.base import Runner, run_all
@@ -52,6 +52,7 @@ def predict_with(
         FoldgroupError: if the bundle or an image cannot be read, or the target cannot run.
     """
     opened = read_bundle(Path(bundle))
+    opened.checked(PREPROCESSING, opened.manifest["files"])
     with ExitStack() as stack:
         return predict(_first_that_runs(stack, opened, target), opened, images, top)
 

@@ -10,9 +10,11 @@ Two entries of ``node.meta`` are foldgroup's own:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import operator
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -86,7 +88,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
     model.eval()
     try:
         graph = fx.GraphModule(model, _traced(model, input_shape), type(model).__name__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TraceError(why(type(model).__name__, error)) from error
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
@@ -104,13 +106,14 @@ def _traced(model: nn.Module, input_shape: tuple[int, ...]) -> fx.Graph:
     """What torch.fx sees of ``model``; if it cannot be traced so, with the sizes that follow from ``input_shape``."""
     from foldgroup.sized_trace import SizedTracer
 
-    try:
-        return Tracer().trace(model)
-    except Exception as error:  # forward() raises what it likes
+    with contextlib.redirect_stdout(sys.stderr):  # what forward() prints is no result of ours
         try:
-            return SizedTracer(input_shape).trace(model)
-        except Exception:
-            raise error from None
+            return Tracer().trace(model)
+        except (Exception, SystemExit) as error:  # forward() raises what it likes
+            try:
+                return SizedTracer(input_shape).trace(model)
+            except (Exception, SystemExit):
+                raise error from None
 
 
 def check_trains_alike(model: nn.Module) -> None:

@@ -53,7 +53,8 @@ def test_a_missing_file_is_bad_input(tmp_path: Path) -> None:
 
 
 def test_an_existing_bundle_needs_force_and_is_replaced_whole(tmp_path: Path) -> None:
-    write_bundle(tmp_path / "b", {**files(), "extra": b""})
+    extra = {"schema": 1, "files": {"model.onnx": file_entry(b"model"), "extra": file_entry(b"")}}
+    write_bundle(tmp_path / "b", {**files(), "extra": b"", "manifest.json": to_json(extra)})
     with pytest.raises(BundleError, match="--force"):
         write_bundle(tmp_path / "b", files(b"new"))
     assert (tmp_path / "b" / "model.onnx").read_bytes() == b"model"
@@ -61,6 +62,21 @@ def test_an_existing_bundle_needs_force_and_is_replaced_whole(tmp_path: Path) ->
     assert (tmp_path / "b" / "model.onnx").read_bytes() == b"new"
     assert not (tmp_path / "b" / "extra").exists()
     assert leftovers(tmp_path) == []
+
+
+def test_what_people_put_into_a_bundle_is_not_deleted_with_it(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "b", files())
+    (tmp_path / "b" / "notes").mkdir()
+    (tmp_path / "b" / "notes" / "todo.txt").write_text("keep me")
+    with pytest.raises(BundleError, match=r"holds notes/todo\.txt, which no compile wrote and --force would delete"):
+        write_bundle(tmp_path / "b", files(b"new"), force=True)
+    (tmp_path / "b" / "notes" / "todo.txt").unlink()
+    write_bundle(tmp_path / "b", files(b"new"), force=True)
+
+
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no UTF-8"):
+        check_target(tmp_path / os.fsdecode(b"b\xff"), force=False)
 
 
 @pytest.mark.parametrize("kind", ["file", "empty folder", "other folder", "dangling link"])
@@ -121,7 +137,13 @@ def test_a_target_without_a_folder_is_refused_before_any_work(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not JSON"), ("[]", "not a JSON object"), ("{}", "not a foldgroup manifest"), (None, "not a bundle")],
+    [
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "not a JSON object"),
+        ("{}", "not a foldgroup manifest"),
+        (None, "not a bundle"),
+    ],
 )
 def test_a_broken_manifest_is_one_clear_error(tmp_path: Path, text: str | None, message: str) -> None:
     if text is not None:

@@ -126,7 +126,9 @@ BAD_DOCUMENTS = {
     "newer": (good(foldgroup=2), ["format 2", "update foldgroup"]),
     "version": (good(foldgroup="one"), ["'one'", "damaged"]),
     "stateless": (good(state_dict="none"), ["'state_dict'", "again"]),
+    "colours": (good(preprocessing={"resize": 8, "size": 8, "mean": (0,), "std": (1,)}), ["three colours", "again"]),
     "classes": (good(classes=["a"]), ["'classes'", "5 names"]),
+    "unwritable-class": (good(classes=["a", "b", "c", "d", "\ud800"]), ["'classes'", "5 names"]),
     "class-type": (good(classes=[1, 2, 3, 4, 5]), ["'classes'", "5 names"]),
     "no-preprocessing": (good(preprocessing=None), ["'preprocessing'", "again"]),
     "size": (good(preprocessing={"resize": 8, "size": 0, "mean": (0,), "std": (1,)}), ["'preprocessing'", "image"]),
@@ -202,6 +204,26 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, name):
     message = refusal(path)
     for fragment in fragments:
         assert fragment in message
+
+
+def test_a_record_that_is_not_what_was_saved_is_refused(tmp_path):
+    """torch.load would take it, and everything after that would be proven about another network."""
+    path = save(tmp_path / "c.pt", own_state())
+    content, place = bytearray(path.read_bytes()), zipfile.ZipFile(path)
+    record = max(place.infolist(), key=lambda entry: entry.file_size)
+    at = content.index(place.read(record))
+    content[at + 5] ^= 1
+    path.write_bytes(content)
+    assert "damaged" in refusal(path) and "copy or download it again" in refusal(path)
+
+
+def test_a_file_that_was_saved_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = save(tmp_path / "c.pt", public_state(own_state()))
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_checkpoint(path)
 
 
 def test_what_is_not_a_file_is_refused(tmp_path):

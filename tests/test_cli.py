@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -311,6 +313,38 @@ def test_explain_and_inspect_and_bench_show_something(tiny_checkpoint: Path, tin
     assert "layer1.0.conv2" in run("inspect", tiny_bundle).output
     result = run("bench", tiny_bundle, "--seconds", 1, "--json", tmp_path / "bench.json")
     assert result.exit_code == 0 and json.loads((tmp_path / "bench.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["layers"][0].update(macs=0),
+        lambda manifest: manifest["layers"][0].pop("executed_macs"),
+        lambda manifest: manifest.update(layers=[None], targets=[{"target": [], "precision": 3}]),
+        lambda manifest: manifest["files"].update({"model.onnx": "x"}),
+    ],
+)
+def test_a_bundle_that_holds_anything_is_one_clear_error(tiny_bundle: Path, tmp_path: Path, change: Any) -> None:
+    bundle = shutil.copytree(tiny_bundle, tmp_path / "b")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    change(manifest)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    codes = set()
+    for verb in ("inspect", "explain", "verify"):
+        result = run(verb, bundle)
+        codes.add(result.exit_code)
+        assert result.exit_code in (0, 1) or f"Error: {bundle}" in result.stderr
+    assert 2 in codes
+
+
+def test_a_file_that_is_no_earlier_result_is_not_overwritten(tiny_bundle: Path, tmp_path: Path) -> None:
+    victim, database = tmp_path / "weights.pt", tmp_path / "times.db"
+    victim.write_bytes(b"PK\x03\x04")
+    for arguments in (["bench", tiny_bundle, "--json"], ["tune", "--tune-db", database, "--export"]):
+        result = run(*arguments, victim)
+        assert result.exit_code == 2 and "left alone" in result.stderr
+    assert victim.read_bytes() == b"PK\x03\x04"
+    assert "is the database itself" in run("tune", "--export", database, "--tune-db", database).stderr
 
 
 def test_targets_precisions_and_the_hand_over(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -41,6 +41,16 @@ def test_what_is_overwritten_in_place_is_seen_under_its_other_names(symbol):
     assert torch.equal(trace(Call(scope["forward"]), SHAPE)(x), scope["forward"](x))
 
 
+def test_what_forward_prints_is_not_on_standard_output(capsys):
+    trace(Call(lambda x: print("noise") or x * 2), SHAPE)
+    assert capsys.readouterr() == ("", "noise\n")
+
+
+def test_a_forward_that_ends_the_process_is_an_error():
+    with pytest.raises(TraceError, match="SystemExit"):
+        trace(Call(lambda x: exit(0)), SHAPE)
+
+
 class Doubled(nn.Sequential):
     """Does more than its ``forward()`` when it is called."""
 

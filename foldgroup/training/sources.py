@@ -11,6 +11,7 @@ import numpy.typing as npt
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
+from foldgroup.checkpoint import is_text
 from foldgroup.errors import ImageError, TrainingError
 from foldgroup.images import read_image
 
@@ -51,6 +52,9 @@ class Tree:
             samples = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
         except OSError as error:
             raise TrainingError(f"{folder}: not a folder with one sub-folder of images per class ({error})") from error
+        for name in self.classes:
+            if not is_text(name):  # a checkpoint could not be read again
+                raise TrainingError(f"{folder / name}: the class's name is no UTF-8: rename the folder")
         self.labels: Indices = np.array([label for _, label in samples], dtype=np.int64)
         self._names = np.array([os.fsencode(os.path.relpath(path, folder)) for path, _ in samples], dtype=np.bytes_)
         empty = set(range(len(self.classes))) - set(self.labels.tolist())
