@@ -18,14 +18,16 @@ def check_json_place(path: Path | None) -> None:
     if path is None or str(path) == "-":
         return
     if not path.parent.is_dir():
-        raise FoldgroupError(f"{path.parent}: there is no such folder; create it or choose another")
+        raise FoldgroupError(f"{path}: cannot be written, there is no such folder; create it or choose another")
     if path.exists():
         try:
             if not path.is_file():
                 raise ValueError("no file")
             json.loads(path.read_bytes() or b"{}")
         except (OSError, ValueError, RecursionError) as error:
-            raise FoldgroupError(f"{path}: exists and is no JSON file, so it is left alone; choose another") from error
+            raise FoldgroupError(
+                f"{path}: cannot be written, it is no JSON file and left alone; choose another"
+            ) from error
 
 
 def write_json(path: Path, document: object) -> None:

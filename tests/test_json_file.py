@@ -18,7 +18,7 @@ def test_what_is_no_json_is_left_alone(tmp_path: Path) -> None:
     for free in (None, Path("-"), tmp_path / "new.json", tmp_path / "earlier.json", tmp_path / "empty.json"):
         check_json_place(free)
     for taken, words in (
-        (tmp_path / "weights.pt", "is no JSON file, so it is left alone"),
+        (tmp_path / "weights.pt", "is no JSON file and left alone"),
         (tmp_path, "is no JSON file"),
         (tmp_path / "nowhere" / "new.json", "there is no such folder"),
     ):

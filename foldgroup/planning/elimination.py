@@ -116,8 +116,8 @@ class Functions:
                 left.unary[other] = left.unary[other] + self.row(site, flag, other, between)
                 continue
             for function in between.functions:
-                least = function.push(np.zeros((1, function.shape[0])))[0]
-                left.unary[other] = left.unary[other] + least[function.columns]
+                lowest = function.push(np.zeros((1, function.shape[0])))[0]
+                left.unary[other] = left.unary[other] + lowest[function.columns]
         return left, float(own.min() if flag is None else own[flag])
 
     def take(self, site: int) -> tuple[Array, dict[int, Between]]:
@@ -204,10 +204,8 @@ class Functions:
             values, columns = given.min(axis=1, keepdims=True), np.zeros(len(self.domains[other]), dtype=np.int64)
         else:
             work.spend(given.size + function.work(len(given)), len(given) * function.shape[1])
-            values, columns = (
-                function.push(least_by(function.rows, function.shape[0], given, classes)),
-                function.columns,
-            )
+            values = function.push(least_by(function.rows, function.shape[0], given, classes))
+            columns = function.columns
         if not between.tie:
             return values, columns
         here = self._same(site, other)
