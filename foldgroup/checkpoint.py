@@ -28,8 +28,9 @@ from foldgroup.safe_load import check_tensors, load_file, shown
 FORMAT = 1
 """Version of foldgroup's own checkpoint layout."""
 LARGEST_IMAGE = 1 << 15
-LARGEST_MEAN = 1e30
 """Pixels of a side, at most, that a checkpoint may say its images have."""
+LARGEST_MEAN = 1e30
+"""Of a colour, at most, so that what is made of it is still a float32."""
 
 _COUNTER = ".num_batches_tracked"
 

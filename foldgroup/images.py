@@ -7,6 +7,7 @@ sideways is seen sideways.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -36,9 +37,9 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         ImageError: if there is no such file, or it is no image that Pillow reads whole.
     """
-    if path.exists() and not path.is_file():
-        raise ImageError(f"{path}: a directory, or no regular file; give images one by one")
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "a directory, or no regular file")
         with Image.open(path) as image:
             image.load()
             return _rgb(image)

@@ -17,17 +17,17 @@ def check_json_place(path: Path | None) -> None:
     """
     if path is None or str(path) == "-":
         return
-    if not path.parent.is_dir():
-        raise FoldgroupError(f"{path}: cannot be written, there is no such folder; create it or choose another")
-    if path.exists():
-        try:
-            if not path.is_file():
-                raise ValueError("no file")
+    try:
+        if not path.parent.is_dir():
+            raise FoldgroupError(f"{path}: cannot be written, there is no such folder; create it or choose another")
+        if path.is_file():
             json.loads(path.read_bytes() or b"{}")
-        except (OSError, ValueError, RecursionError) as error:
-            raise FoldgroupError(
-                f"{path}: cannot be written, it is no JSON file and left alone; choose another"
-            ) from error
+        elif path.exists():
+            raise ValueError("no regular file")
+    except OSError as error:
+        raise FoldgroupError(f"{path}: cannot be written ({error.strerror}); choose another") from error
+    except (ValueError, RecursionError) as error:
+        raise FoldgroupError(f"{path}: cannot be written, it is no JSON file and left alone; choose another") from error
 
 
 def write_json(path: Path, document: object) -> None:

@@ -21,6 +21,7 @@ def test_what_is_no_json_is_left_alone(tmp_path: Path) -> None:
         (tmp_path / "weights.pt", "is no JSON file and left alone"),
         (tmp_path, "is no JSON file"),
         (tmp_path / "nowhere" / "new.json", "there is no such folder"),
+        (tmp_path / ("long" * 100), "cannot be written"),
     ):
         with pytest.raises(FoldgroupError, match=words):
             check_json_place(taken)
