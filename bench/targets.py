@@ -102,7 +102,8 @@ def build(
     while True:
         left = [name for name in asked if name not in refused]
         try:
-            built = compile(checkpoint, bundle, target=left, calibrate=calibrate)
+            images = calibrate if any(name.endswith(":int8") for name in left) else None
+            built = compile(checkpoint, bundle, target=left, calibrate=images)
         except FoldgroupError as error:  # an engine's error begins with its variant
             guilty = next((name for name in left if str(error).startswith(name.replace(":", " "))), None)
             if guilty is None:

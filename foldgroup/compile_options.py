@@ -12,11 +12,8 @@ from foldgroup.handover import TRITON, check_served
 from foldgroup.lowering import AUTO
 from foldgroup.targets import Variant, choose, missing
 
-ONLY_WITH = {
-    "--precision int8": ("--calibrate", "--calibration", "--calibration-images", "--reduce-range"),
-    "--tune": ("--tune-db",),
-}
-"""Options that nothing comes of without another."""
+INT8_ONLY = ("--calibrate", "--calibration", "--reduce-range")
+"""Options that nothing comes of without int8; how many images and where times are kept may be said in any case."""
 
 
 def chosen_variants(
@@ -49,7 +46,7 @@ def check_options(
 ) -> None:
     """Refuse, before any work, options that do not go together, or that nothing would come of.
 
-    ``given`` says which were given of those in :data:`ONLY_WITH`, ``--calibrate``, ``--tune`` and ``--no-packing``.
+    ``given`` says which were given of those in :data:`INT8_ONLY`, ``--tune``, ``--vector-width`` and ``--no-packing``.
 
     Raises:
         TargetError, TuningError, EmitError: naming what to give instead.
@@ -58,10 +55,9 @@ def check_options(
         raise TuningError("--tune looks for the fastest packing, --no-packing keeps what was learned: give one of them")
     if given["--vector-width"] and given["--no-packing"]:
         raise TargetError("--vector-width says how groups are packed, --no-packing that they are not: give one of them")
-    for needed, options in ONLY_WITH.items():
-        for option in options:
-            if given[option] and not ("int8" in precisions if needed == "--precision int8" else given[needed]):
-                raise TargetError(f"{option} has no effect without {needed}: add that, or leave it out")
+    for option in INT8_ONLY:
+        if given[option] and "int8" not in precisions:
+            raise TargetError(f"{option} has no effect without --precision int8: add that, or leave it out")
     if "int8" in precisions and not given["--calibrate"]:
         raise TargetError("int8 needs real images to read ranges off: name a folder of them with --calibrate")
     if keep_float and set(precisions) == {"fp32"}:

@@ -129,12 +129,10 @@ def compile(
     precisions = tuple(dict.fromkeys((*asked, *(variant.precision for variant in chosen))))
     given = {
         "--tune": tune,
-        "--tune-db": tuning_db is not None,
         "--no-packing": not packing,
         "--vector-width": vector_width is not None,
         "--calibrate": calibrate is not None,
         "--calibration": calibration != "minmax",
-        "--calibration-images": calibration_images != CALIBRATION_IMAGES,
         "--reduce-range": reduce_range is not None,
     }
     check_options(chosen, precisions, keep_float, emit, engine_settings, given)
