@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from foldgroup.emit import tensorrt
@@ -11,6 +12,7 @@ from foldgroup.errors import TargetError, TuningError
 from foldgroup.handover import TRITON, check_served
 from foldgroup.lowering import AUTO
 from foldgroup.targets import Variant, choose, missing
+from foldgroup.tuned import TuningOptions
 
 INT8_ONLY = ("--calibrate", "--calibration", "--reduce-range")
 """Options that nothing comes of without int8; how many images and where times are kept may be said in any case."""
@@ -36,41 +38,63 @@ def chosen_variants(
     return variants
 
 
-def check_options(
-    chosen: Sequence[Variant],
-    precisions: Sequence[str],
-    keep_float: Sequence[str],
-    emit: Sequence[str],
-    settings: EngineSettings,
-    given: Mapping[str, bool],
-) -> None:
-    """Refuse, before any work, options that do not go together, or that nothing would come of.
+@dataclass(frozen=True)
+class Job:
+    """What a compile is asked for, but for how its network is read."""
 
-    ``given`` says which were given of those in :data:`INT8_ONLY`, ``--tune``, ``--vector-width`` and ``--no-packing``.
+    chosen: tuple[Variant, ...]
+    precisions: tuple[str, ...]
+    """The first is that of ``model.onnx``."""
+    keep_float: tuple[str, ...]
+    batch: int | tuple[int, int, int] | None
+    engine: bool
+    settings: EngineSettings
+    tuning: TuningOptions
+    emit: tuple[str, ...]
+    bake_preprocessing: bool
 
-    Raises:
-        TargetError, TuningError, EmitError: naming what to give instead.
-    """
-    if given["--tune"] and given["--no-packing"]:
-        raise TuningError("--tune looks for the fastest packing, --no-packing keeps what was learned: give one of them")
-    if given["--vector-width"] and given["--no-packing"]:
-        raise TargetError("--vector-width says how groups are packed, --no-packing that they are not: give one of them")
-    for option in INT8_ONLY:
-        if given[option] and "int8" not in precisions:
-            raise TargetError(f"{option} has no effect without --precision int8: add that, or leave it out")
-    if "int8" in precisions and not given["--calibrate"]:
-        raise TargetError("int8 needs real images to read ranges off: name a folder of them with --calibrate")
-    if keep_float and set(precisions) == {"fp32"}:
-        raise TargetError("--keep-float says what stays in float32 beside another --precision; fp32 keeps everything")
-    if AUTO in keep_float and "int8" not in precisions:
-        raise TargetError(f"--keep-float {AUTO} measures what int8 costs: add int8, or name the layers to keep")
-    if settings.compatibility is not None and not any(v.target.name == "tensorrt" for v in chosen):
-        raise TargetError("--compatibility is TensorRT's: add --target tensorrt (TensorRT-RTX takes --gpu sm80,sm89)")
-    for kind in emit:
-        if kind != TRITON:
-            raise TargetError(f"cannot emit {kind!r}: only {TRITON}")
-    if emit:
-        check_served(chosen)
+    @property
+    def fixed_batch(self) -> int | None:
+        """None where it is dynamic."""
+        return self.batch if isinstance(self.batch, int) else None
+
+    def check(self, given: Mapping[str, bool]) -> None:
+        """Refuse, before any work, options that do not go together, or that nothing would come of.
+
+        ``given`` says which were given of those in :data:`INT8_ONLY`.
+
+        Raises:
+            TargetError, TuningError, EmitError: naming what to give instead.
+        """
+        tuning, precisions = self.tuning, self.precisions
+        if tuning.measure and not tuning.pack:
+            raise TuningError(
+                "--tune looks for the fastest packing, --no-packing keeps what was learned: give one of them"
+            )
+        if tuning.vector_width is not None and not tuning.pack:
+            raise TargetError(
+                "--vector-width says how groups are packed, --no-packing that they are not: give one of them"
+            )
+        for option in INT8_ONLY:
+            if given[option] and "int8" not in precisions:
+                raise TargetError(f"{option} has no effect without --precision int8: add that, or leave it out")
+        if "int8" in precisions and not given["--calibrate"]:
+            raise TargetError("int8 needs real images to read ranges off: name a folder of them with --calibrate")
+        if self.keep_float and set(precisions) == {"fp32"}:
+            raise TargetError(
+                "--keep-float says what stays in float32 beside another --precision; fp32 keeps everything"
+            )
+        if AUTO in self.keep_float and "int8" not in precisions:
+            raise TargetError(f"--keep-float {AUTO} measures what int8 costs: add int8, or name the layers to keep")
+        if self.settings.compatibility is not None and not any(v.target.name == "tensorrt" for v in self.chosen):
+            raise TargetError(
+                "--compatibility is TensorRT's: add --target tensorrt (TensorRT-RTX takes --gpu sm80,sm89)"
+            )
+        for kind in self.emit:
+            if kind != TRITON:
+                raise TargetError(f"cannot emit {kind!r}: only {TRITON}")
+        if self.emit:
+            check_served(self.chosen)
 
 
 def check_images(source: Path, shape: Sequence[int]) -> None:

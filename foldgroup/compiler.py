@@ -3,54 +3,46 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from foldgroup import bundle as files
-from foldgroup.bundle import Bundle, check_target, classes_of, file_entry, precision_of, to_json, write_bundle
+from foldgroup.bundle import Bundle, check_target, write_bundle
 from foldgroup.checkpoint import Checkpoint, Preprocessing, load_network
-from foldgroup.compile_options import check_images, check_options, chosen_variants
+from foldgroup.clock import Clock
+from foldgroup.compile_options import Job, check_images, chosen_variants
+from foldgroup.documents import Outcome, bundle_files
 from foldgroup.emit.engine import Engine
 from foldgroup.emit.preprocess import with_preprocessing
 from foldgroup.emit.quantize import Calibration
-from foldgroup.engines import EngineSettings, build, entry
+from foldgroup.engines import EngineSettings, build
 from foldgroup.equivalence import TierResult, first_layer_over, seeded_inputs
-from foldgroup.errors import BundleError, CheckpointError, EquivalenceError, TargetError, TraceError
-from foldgroup.folding import Folded, Traced, check_float64, fold_traced, input_shape_of, shape_like, trace_network
-from foldgroup.golden import Golden
+from foldgroup.errors import BundleError, EquivalenceError
+from foldgroup.folding import fold_traced, input_shape_of, shape_like, trace_network
 from foldgroup.handover import TRITON, Repository, served_name, triton
 from foldgroup.images import unlabelled
-from foldgroup.lowering import AUTO, CalibrationData, Form, Lowered, lower
-from foldgroup.manifest import manifest_of
-from foldgroup.measure import machine
+from foldgroup.lowering import CalibrationData
+from foldgroup.networks import Folding, Networks, networks_of
 from foldgroup.own_model import ModelSource
-from foldgroup.pipeline import ENTRY_POINTS, PassRecord, Pipeline
+from foldgroup.pipeline import ENTRY_POINTS, Pipeline
 from foldgroup.profiling import profile
 from foldgroup.profiling.limits import RUNTIMES
-from foldgroup.report.page import report_page
-from foldgroup.targets import Variant, onnx_first
-from foldgroup.tiers import Tiers, layer_errors, rounded_tier, run_tiers, stand_in
-from foldgroup.tuned import Costs, NetworkTuner, Tuned, TuningOptions, forms_of, plans_of
+from foldgroup.targets import Variant
+from foldgroup.tiers import Tiers, run_tiers, stand_in
+from foldgroup.tuned import TuningOptions
 
 CALIBRATION_IMAGES = 256
 """Images that int8 is calibrated on, unless told otherwise."""
 
 PROFILE_SECONDS = 0.5
 """Time to look where the time goes in; to that come loading, a few runs at least and, once a process, the limits."""
-
-WORST_LAYERS = 5
-"""How many layers ``verification.json`` names for each precision."""
 
 
 def compile(
@@ -126,231 +118,129 @@ def compile(
     check_target(output, force=force)
     asked = [precision] if isinstance(precision, str) else precision
     chosen = chosen_variants(target, asked, engine=engine, gpu=gpu)
-    precisions = tuple(dict.fromkeys((*asked, *(variant.precision for variant in chosen))))
-    given = {
-        "--tune": tune,
-        "--no-packing": not packing,
-        "--vector-width": vector_width is not None,
-        "--calibrate": calibrate is not None,
-        "--calibration": calibration != "minmax",
-        "--reduce-range": reduce_range is not None,
-    }
-    check_options(chosen, precisions, keep_float, emit, engine_settings, given)
     database = None if tuning_db is None else Path(tuning_db)
-    tuning = TuningOptions(packing, tune, tune_budget, threads, _typical(batch), database, vector_width)
-    fixed, place = batch if isinstance(batch, int) else None, output.absolute()
-    settings = replace(
-        engine_settings,
-        gpu=gpu,
-        batch=batch if isinstance(batch, tuple) else engine_settings.batch,
-        timing_cache=engine_settings.timing_cache or place.with_name(place.name + ".timing"),
+    place = output.absolute()
+    job = Job(
+        chosen=chosen,
+        precisions=tuple(dict.fromkeys((*asked, *(variant.precision for variant in chosen)))),
+        keep_float=tuple(keep_float),
+        batch=batch,
+        engine=engine,
+        settings=replace(
+            engine_settings,
+            gpu=gpu,
+            batch=batch if isinstance(batch, tuple) else engine_settings.batch,
+            timing_cache=engine_settings.timing_cache or place.with_name(place.name + ".timing"),
+        ),
+        tuning=TuningOptions(packing, tune, tune_budget, threads, _typical(batch), database, vector_width),
+        emit=tuple(emit),
+        bake_preprocessing=bake_preprocessing,
     )
-    clock = _Clock(on_step)
+    job.check(
+        {
+            "--calibrate": calibrate is not None,
+            "--calibration": calibration != "minmax",
+            "--reduce-range": reduce_range is not None,
+        }
+    )
+    clock = Clock(on_step)
     checkpoint = load_network(source, arch=arch, gate_order=gate_order, zero_gates=zero_gates, model=model)
     clock("read checkpoint")
-    own_shape = input_shape_of(checkpoint, input_size, shape_like(example_input))
-    square = len(own_shape) == 4 and own_shape[2] == own_shape[3]
+    shape = input_shape_of(checkpoint, input_size, shape_like(example_input))
     if calibrate is not None or bake_preprocessing:
-        check_images(checkpoint.path, own_shape[1:])
-    preprocessing = _preprocessing(checkpoint, own_shape[2]) if square else None
+        check_images(checkpoint.path, shape[1:])
+    square = len(shape) == 4 and shape[2] == shape[3]
+    preprocessing = _preprocessing(checkpoint, shape[2]) if square else None
     data = None
     if calibrate is not None:
         assert preprocessing is not None
         images = unlabelled(Path(calibrate), preprocessing, limit=calibration_images)
         data = CalibrationData(images, calibration, reduce_range)
         clock("read calibration images")
-    shape, first = (fixed or 1, *own_shape[1:]), precisions[0]
-    traced = trace_network(checkpoint, input_shape=own_shape[1:])
+    options = {
+        "arch": arch,
+        "gate_order": gate_order,
+        "zero_gates": zero_gates,
+        "batch": batch,
+        "model": checkpoint.built_by,
+        "input_shape": shape[1:],
+        "input_size": shape[2] if square else None,
+        "precision": job.precisions,
+        "keep_float": keep_float,
+    }
+    traced = trace_network(checkpoint, input_shape=shape[1:])
     clock("trace")
-    refold = partial(fold_traced, traced, pipeline=pipeline, check_passes=check_passes)
-    costs = {variant: Costs(variant, replace(tuning, measure=False)) for variant in onnx_first(chosen)}
-    dumped = None if dump_passes is None else Path(dump_passes)
-    foreign = pipeline is not None or bool(entry_points(group=ENTRY_POINTS))
-    beside = ThreadPoolExecutor(1)  # all here is Python, torch lets other threads run while it computes
-    golden_made = beside.submit(_golden, traced, data)
-    if foreign:
-        wait([golden_made])  # tracing changes what it is to call a module, and other passes may do that
-    folded = refold(cost=next(iter(costs.values())), dump_passes=dumped, on_step=clock)
-    if foreign:
-        folded.check_certificate()  # packing trusts what it is given
-    lower_form = partial(lower, batch=fixed, calibration=data)
-    choices = {variant: Tuned(variant, plan) for variant, plan in plans_of(folded, costs).items()}
-    if tune:
-        wait([golden_made])  # it would be in the way
-        kept = tuple(name for name in keep_float if name != AUTO)
-
-        def whole(form: Form, variant: Variant) -> bytes:
-            low = lower_form(form, variant.precision, keep_float=kept)
-            engine = variant.target.takes == "engine"
-            return build(variant, low, shape, settings, fixed_batch=fixed is not None).content if engine else low.model
-
-        tuner = NetworkTuner(tuning, refold, whole, own_shape, on_step)
-        choices = tuner.tune({variant: choice.plan for variant, choice in choices.items()})
-        folded = next(iter(choices.values())).plan.folded
-        clock("tuning")
-    checked = beside.submit(_float64_error, folded, golden_made)
-    forms, key_of = forms_of(precisions, choices)
-    clock("packing")
-    golden = golden_made.result()
-    clock("float64")
-    manifest = manifest_of(checkpoint, folded, fixed, first, forms[first])
-    path, classes = checkpoint.path, checkpoint.classes
-    if classes and classes_of(manifest) != len(classes):
-        raise CheckpointError(f"{path}: names {len(classes)} classes, but the network is no classifier of so many")
-    if AUTO in keep_float and len(manifest["outputs"]) > 1:
-        raise TargetError(f"{path}: --keep-float {AUTO} measures one output, and there are more: name the layers")
-    tunings = {str(variant): choice.as_dict(tuning, forms[key_of[variant]]) for variant, choice in choices.items()}
-    options: dict[str, Any] = {"arch": arch, "gate_order": gate_order, "zero_gates": zero_gates, "batch": batch}
-    options |= {"model": checkpoint.built_by, "input_shape": own_shape[1:]}
-    options |= {"input_size": own_shape[2] if square else None, "precision": precisions, "keep_float": keep_float}
-    records = [_record(record) for record in folded.result.records]
-    content = {
-        files.PASSES: to_json(
-            {
-                "options": options,
-                "notes": checkpoint.notes,
-                "passes": records,
-                "costs": next(iter(choices.values())).plan.planned_by.as_dict(),
-            }
-        ),
-        files.PREPROCESSING: to_json({**(asdict(preprocessing) if preprocessing else {}), "classes": list(classes)}),
-    }
-
-    lower_all = partial(lower_form, keep_float=keep_float, on_step=clock)
-    lowered, errors, tiers = _lowered(forms, lower_all, golden, fixed, clock)
-    error = checked.result()
+    folding = Folding(
+        partial(fold_traced, traced, pipeline=pipeline, check_passes=check_passes),
+        dumped=None if dump_passes is None else Path(dump_passes),
+        foreign=pipeline is not None or bool(entry_points(group=ENTRY_POINTS)),
+    )
+    networks = networks_of(traced, folding, data, job, clock)
     # Graphs, most of the memory, are no longer needed; they refer to themselves, so someone has to look.
-    del source, checkpoint, traced, golden_made, folded, checked, refold, choices, costs, forms
-    collected = beside.submit(gc.collect)
-    beside.shutdown(wait=False)
+    del source, checkpoint, traced, folding
+    collecting = Thread(target=gc.collect)
+    collecting.start()
     clock("float64")
-    read = {key_of[variant] for variant in chosen if variant.target.takes == "onnx"}
-    onnx_files = {key: _file(key, first, ".onnx") for key in lowered if key in read.union(precisions)}
-    content |= {name: lowered[key].model for key, name in onnx_files.items()}
-    if bake_preprocessing:
-        assert preprocessing is not None
-        content[files.IMAGE_MODEL] = with_preprocessing(lowered[first].model, preprocessing)
-        clock("preprocessing")
-    manifest |= {
-        "models": {
-            key: {**({"file": onnx_files[key]} if key in onnx_files else {}), **low.facts}
-            for key, low in lowered.items()
-        },
-        "targets": [{"target": variant.target.name, "precision": variant.precision} for variant in chosen],
-        "files": {name: file_entry(data) for name, data in content.items()},
-    }
-
-    models = {variant: lowered[key_of[variant]].model for variant in chosen}
-    built: dict[Variant, Engine] = {}
-    for variant in chosen:
-        if variant.target.takes == "engine":
-            low = lowered[key_of[variant]]
-            built[variant] = build(variant, low, shape, settings, fixed_batch=fixed is not None, on_step=on_step)
-            clock(f"{variant} engine")
-    engines = {variant: made.content for variant, made in built.items()}
-    ran = run_tiers(models | engines, golden)
-    unjudged = set(precisions) - {variant.precision for variant in chosen if str(variant) in ran.results}
-    stand_ins = {v: lowered[v.precision].model for v in map(stand_in, sorted(unjudged)) if v is not None}
-    for part in (ran, run_tiers(stand_ins, golden)):
-        tiers.add(part)
-    clock("runtimes")
-    for tier in tiers.results.values():
-        _judge(path, tier, errors.get(tier.precision, {}))
+    engines = _engines(networks, job, clock)
+    tiers = _judged(networks, engines, job, clock)
     repository = Repository()
-    if TRITON in emit:
-        served = dict(models)
-        if preprocessing is not None and bake_preprocessing:
-            served |= {v: with_preprocessing(model, preprocessing) for v, model in models.items() if v not in engines}
-        repository = triton(served_name(output.name), served, engines, classes=classes, batch=settings.batch)
+    if TRITON in job.emit:
+        prepared = preprocessing if bake_preprocessing else None
+        repository = _repository(output.name, networks, engines, prepared, job.settings.batch)
         clock("Triton repository")
-
-    names = {variant: _file(variant.precision, first, variant.target.suffix) for variant in built}
-    golden_file = golden.save()
-    wait([collected])
-    profiled = _profiled(models, ran, shape, threads)
+    collecting.join()
+    profiled = _profiled(networks.models, tiers, networks.shape, threads)
     clock("profile")
-    documents = {
-        files.MANIFEST: manifest,
-        files.ENGINES: {
-            "schema": files.SCHEMA,
-            "engines": [entry(names[v], v, made, models[v]) for v, made in built.items()],
-            "files": {name: file_entry(data) for name, data in repository.files.items()},
-            "not_served": repository.left_out,
-            **({} if built else {"note": "no target asked for takes one" if engine else "left out by --no-engine"}),
-        },
-        files.VERIFICATION: {
-            "float64_max_error": error,
-            "tiers": {name: tier.as_dict() for name, tier in tiers.results.items()},
-            "runtimes": tiers.runtimes,
-            "not_run": tiers.not_run,
-            "tuning": tunings,
-            **({} if profiled is None else {"profile": profiled}),
-            "worst_layers": {name: _worst(own) for name, own in errors.items()},
-            "machine": machine(),
-            "golden": {"file": files.GOLDEN, **file_entry(golden_file)},
-            "seconds": clock.seconds,
-        },
-    }
-    written = {
-        **content,
-        **{names[variant]: plan for variant, plan in engines.items()},
-        **repository.files,
-        files.GOLDEN: golden_file,
-        **{name: to_json(document) for name, document in documents.items()},
-        files.REPORT: _report(output.name, content, documents),
-    }
-    result = write_bundle(output, written, force=force)
+    outcome = Outcome(engines, tiers, repository, profiled, clock.seconds)
+    result = write_bundle(
+        output, bundle_files(output.name, networks, outcome, preprocessing, options, job), force=force
+    )
     clock("bundle")
     return result
 
 
-def _golden(traced: Traced, data: CalibrationData | None) -> Golden:
-    """The training form's outputs on seeded inputs and on some of the images that it is calibrated on.
+def _engines(networks: Networks, job: Job, clock: Clock) -> dict[Variant, Engine]:
+    """What the targets run that take no ONNX file."""
+    built = {}
+    for variant in job.chosen:
+        if variant.target.takes == "engine":
+            low, fixed = networks.lowered[networks.key_of[variant]], job.fixed_batch is not None
+            built[variant] = build(variant, low, networks.shape, job.settings, fixed_batch=fixed, on_step=clock.on_step)
+            clock(f"{variant} engine")
+    return built
 
-    They are those of the network itself, or it is refused.
+
+def _judged(networks: Networks, engines: Mapping[Variant, Engine], job: Job, clock: Clock) -> Tiers:
+    """Everything that runs here, run; what cannot is judged by its ONNX file where some runtime takes that.
+
+    Raises:
+        EquivalenceError: if something computes another network.
     """
-    try:
-        golden = Golden.of(traced.training, traced.input_shape, torch.from_numpy(data.images) if data else None)
-        golden.check_seen(traced.checkpoint.model, traced.training)
-        return golden
-    except TraceError as failed:
-        raise TraceError(f"{traced.checkpoint.path}: {failed}") from failed.__cause__
-
-
-def _float64_error(folded: Folded, golden_made: Future[Golden]) -> float:
-    golden = golden_made.result()
-    return check_float64(folded, golden.inputs, golden.outputs)
-
-
-def _lowered(
-    forms: Mapping[str, Form],
-    lower_form: Callable[[Form, str], Lowered],
-    golden: Golden,
-    batch: int | None,
-    clock: _Clock,
-) -> tuple[dict[str, Lowered], dict[str, dict[str, float]], Tiers]:
-    """Every form in its precision; by precision the error of each layer; and what rounding alone costs."""
-    lowered: dict[str, Lowered] = {}
-    errors: dict[str, dict[str, float]] = {}
+    ran = run_tiers(networks.models | {variant: engine.content for variant, engine in engines.items()}, networks.golden)
+    unjudged = set(job.precisions) - {variant.precision for variant in job.chosen if str(variant) in ran.results}
+    stand_ins = {v: networks.lowered[v.precision].model for v in map(stand_in, sorted(unjudged)) if v is not None}
     tiers = Tiers()
-    for key, form in forms.items():
-        name = precision_of(key)
-        low = lower_form(form, name)
-        if name != "fp32" and key == name:  # packing changes no value: once a precision
-            errors[key] = layer_errors(name, form.graph, low.model, low.keep_float, golden, batch=batch)
-            if name in ("fp16", "bf16"):
-                tiers.results[f"rounded {name}"] = rounded_tier(name, form.graph, low.keep_float, golden, errors[key])
-        clock(f"errors in {key}")
-        lowered[key] = low
-    return lowered, errors, tiers
+    for part in (networks.rounded, ran, run_tiers(stand_ins, networks.golden)):
+        tiers.add(part)
+    clock("runtimes")
+    for tier in tiers.results.values():
+        _judge(networks.path, tier, networks.layer_errors.get(tier.precision, {}))
+    return tiers
 
 
-def _file(key: str, first: str, suffix: str) -> str:
-    """``model<suffix>`` in the first precision asked for, ``model.<precision><suffix>`` in another.
-
-    The key of a target with a form of its own gives ``model.<target>.<precision><suffix>``.
-    """
-    return f"model{suffix}" if key == first else f"model.{key.replace(' ', '.')}{suffix}"
+def _repository(
+    name: str,
+    networks: Networks,
+    engines: Mapping[Variant, Engine],
+    preprocessing: Preprocessing | None,
+    batch: tuple[int, int, int],
+) -> Repository:
+    """For a Triton Inference Server; with ``preprocessing`` its ONNX files take images as they are decoded."""
+    served = networks.models
+    if preprocessing is not None:
+        served |= {v: with_preprocessing(model, preprocessing) for v, model in served.items() if v not in engines}
+    plans = {variant: engine.content for variant, engine in engines.items()}
+    return triton(served_name(name), served, plans, classes=networks.classes, batch=batch)
 
 
 def _typical(batch: int | tuple[int, int, int] | None) -> int:
@@ -370,26 +260,6 @@ def _profiled(
     return None
 
 
-def _report(name: str, content: Mapping[str, bytes], documents: Mapping[str, Any]) -> bytes:
-    """The page for people, from what the other files hold."""
-    read = {key: json.loads(content[key]) for key in (files.PASSES, files.PREPROCESSING)}
-    page = report_page(
-        name,
-        documents[files.MANIFEST],
-        read[files.PASSES],
-        documents[files.VERIFICATION],
-        documents[files.ENGINES],
-        read[files.PREPROCESSING],
-    )
-    return page.encode()
-
-
-def _worst(errors: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The layers with the largest errors, the worst first."""
-    ranked = sorted(errors.items(), key=lambda item: item[1], reverse=True)
-    return [{"layer": name, "error": error} for name, error in ranked[:WORST_LAYERS]]
-
-
 def _judge(source: Path, tier: TierResult, errors: Mapping[str, float]) -> None:
     """Stop at a tier that failed, with the first layer that is off.
 
@@ -401,21 +271,6 @@ def _judge(source: Path, tier: TierResult, errors: Mapping[str, float]) -> None:
         where = f"; the first layer over is {first}" if first else ""
         where += f": keep it in float with --keep-float {first}" if first and tier.precision != "fp32" else ""
         raise EquivalenceError(f"{source}: {tier.name}: {'; '.join(tier.violations)}{where}")
-
-
-class _Clock:
-    """Tells ``on_step`` of every step as it ends, and keeps how many seconds each took."""
-
-    def __init__(self, on_step: Callable[[str], None]) -> None:
-        self.on_step = on_step
-        self.last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, step: str) -> None:
-        now = time.perf_counter()
-        self.seconds[step] = round(self.seconds.get(step, 0.0) + now - self.last, 3)
-        self.last = now
-        self.on_step(step)
 
 
 def _preprocessing(checkpoint: Checkpoint, size: int) -> Preprocessing:
@@ -431,15 +286,3 @@ def default_bundle_name(source: Path) -> str:
         if name.endswith(suffix):
             return name[: -len(suffix)] + ".foldgroup"
     return source.stem + ".foldgroup"
-
-
-def _record(record: PassRecord) -> dict[str, Any]:
-    """What ``foldgroup explain`` shows of a pass; no times."""
-    return {
-        "name": record.name,
-        "changed": record.changed,
-        "rewrites": [asdict(note) for note in record.rewrites],
-        "skips": [asdict(note) for note in record.skips],
-        "shuffles": [asdict(entry) for entry in record.ledger],
-        **({"details": record.details} if record.details else {}),
-    }

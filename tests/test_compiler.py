@@ -22,7 +22,7 @@ from foldgroup.benchmarking import benchmark
 from foldgroup.bundle import Bundle, read_bundle
 from foldgroup.candidates import FOLDED
 from foldgroup.checkpoint import Preprocessing, save_checkpoint
-from foldgroup.compiler import _golden, compile
+from foldgroup.compiler import compile
 from foldgroup.emit import tensorrt
 from foldgroup.engines import EngineSettings
 from foldgroup.errors import (
@@ -35,6 +35,7 @@ from foldgroup.errors import (
     TraceError,
 )
 from foldgroup.golden import Golden
+from foldgroup.networks import _golden
 from foldgroup.nn import BottleneckConfig, GroupableResNet, StageConfig
 from foldgroup.pipeline import Pass, PassResult
 from foldgroup.trace import fork
@@ -424,7 +425,7 @@ def test_passes_of_others_wait_for_what_runs_beside_them(
             fx.symbolic_trace(nn.Sequential(nn.ReLU()))
             return PassResult(fork(graph))
 
-    monkeypatch.setattr("foldgroup.compiler._golden", slowly)
+    monkeypatch.setattr("foldgroup.networks._golden", slowly)
     pipeline = default_pipeline().insert(Tracing(), before="decode_gates")
     compile(tiny_checkpoint, tmp_path / "b", engine=False, pipeline=pipeline)
     assert done == ["reference", "tracing"]
