@@ -97,7 +97,7 @@ def _folded(checkpoint: Checkpoint, left_out: Sequence[str], **how: Any) -> Fine
     pipeline = default_pipeline()
     for name in left_out:
         pipeline = pipeline.without(name)
-    folded = fold(replace(checkpoint, model=twin), pipeline=pipeline, **how)
+    folded = fold(replace(checkpoint, model=twin), pipeline=pipeline, to_train=True, **how)
     graph = folded.folded
     sources = _filled(graph, origins, checkpoint.path)
     _check_complete(folded.training, sources, origins, checkpoint.path)

@@ -81,16 +81,20 @@ class Folded:
 
 
 def trace_network(
-    checkpoint: Checkpoint, *, input_size: int | None = None, input_shape: Sequence[int] | None = None
+    checkpoint: Checkpoint,
+    *,
+    input_size: int | None = None,
+    input_shape: Sequence[int] | None = None,
+    to_train: bool = False,
 ) -> Traced:
-    """The graph of the checkpoint's model, for an input as :func:`input_shape_of` says.
+    """The graph of the checkpoint's model, ``to_train`` or not, for an input as :func:`input_shape_of` says.
 
     Raises:
         TraceError: if the network has none, or does not take that.
     """
     shape = input_shape_of(checkpoint, input_size, input_shape)
     try:
-        training = trace(checkpoint.model, shape)
+        training = trace(checkpoint.model, shape, to_train=to_train)
         check_outputs(training, shape[0])
     except TraceError as error:
         raise TraceError(f"{checkpoint.path}: {error}") from error.__cause__
@@ -104,13 +108,14 @@ def fold(
     cost: Cost | CostSource | None = None,
     input_size: int | None = None,
     input_shape: Sequence[int] | None = None,
+    to_train: bool = False,
 ) -> Folded:
-    """Trace the network, run the passes and make sure of the certificate.
+    """Trace the network, run the passes and make sure of the certificate; ``to_train`` as for the trace.
 
     Raises:
         FoldgroupError: as :func:`trace_network`, :func:`fold_traced` and :meth:`Folded.check_certificate` do.
     """
-    traced = trace_network(checkpoint, input_size=input_size, input_shape=input_shape)
+    traced = trace_network(checkpoint, input_size=input_size, input_shape=input_shape, to_train=to_train)
     folded = fold_traced(traced, pipeline=pipeline, cost=cost)
     folded.check_certificate()
     return folded

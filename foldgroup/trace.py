@@ -71,15 +71,18 @@ class Tracer(fx.Tracer):
         return isinstance(m, DGConv) or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
+def trace(model: nn.Module, input_shape: tuple[int, ...], *, to_train: bool = False) -> fx.GraphModule:
     """The graph of ``model`` in evaluation mode for one input of ``input_shape`` [N, C, …].
 
-    Parameters are shared with ``model``, which is left as it was but for ``eval()``.
+    Parameters are shared with ``model``, which is left as it was but for ``eval()``. ``to_train`` says that the graph
+    will be trained, so nothing in it may become what trains otherwise.
 
     Raises:
         TraceError: if the model's control flow depends on its input (naming the line), if it takes more than one input,
             if it does not accept this shape, or if calling it does more than its ``forward()``.
     """
+    from foldgroup.canonical import canonical
+
     if model._forward_hooks or model._forward_pre_hooks or type(model).__call__ is not nn.Module.__call__:
         raise TraceError(
             f"{type(model).__name__} has hooks or a __call__() of its own, which its graph would not: wrap it in a "
@@ -97,8 +100,11 @@ def trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.GraphModule:
             f"{type(model).__name__} takes {len(inputs)} inputs ({names}): wrap it in a module that takes one tensor"
         )
     for node in graph.graph.nodes:
-        node.meta = {"origin": node.name}
+        node.meta = {}
     attach_shapes(graph, input_shape)
+    graph = canonical(graph, to_train=to_train)
+    for node in graph.graph.nodes:
+        node.meta["origin"] = node.name
     return graph
 
 

@@ -1,0 +1,197 @@
+"""Networks that call layers as functions, as libraries of models do, are the ones that call them as modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graphs import conv, filled, learned
+from torch import Tensor, nn
+from torch.nn import functional
+
+from foldgroup.compiler import compile
+from foldgroup.finetune import folded_for_training
+from foldgroup.trace import called_module, shape_of, trace
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class BatchNormRelu(nn.BatchNorm2d):
+    """Batch norm and activation in one, the norm as a function."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        return self.act(functional.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps))
+
+
+class SameConv(nn.Conv2d):
+    """Pads by itself and convolves by a function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = functional.pad(x, (1, 1, 1, 1))
+        return functional.conv2d(padded, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
+
+
+class Functional(nn.Module):
+    """A learned layer between layers that are written as functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = SameConv(3, 8, 3)
+        self.bn1 = BatchNormRelu(8)
+        self.learned = learned(8, 8, (1, 0, 1))
+        self.bn2 = BatchNormRelu(8)
+        self.gamma = nn.Parameter(torch.rand(8) + 0.5)
+        self.head = conv(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.stem(x.to(self.learned.weight.dtype)))
+        return self.head(x + self.bn2(self.learned(x)) * self.gamma.reshape(1, -1, 1, 1))
+
+
+def functional_network() -> Functional:
+    torch.manual_seed(0)
+    network = filled(Functional())
+    return network
+
+
+def test_what_is_written_in_functions_folds_like_what_is_written_in_modules(tmp_path):
+    bundle = compile(functional_network(), tmp_path / "f", example_input=(1, 3, 8, 8), engine=False)
+    shuffles = bundle.manifest["shuffles"]
+    assert (shuffles["inserted"], shuffles["kept"]) == (2, [])
+    assert [layer["name"] for layer in bundle.manifest["layers"]] == ["learned"]
+
+
+def test_tracing_leaves_the_network_itself_alone():
+    network = functional_network()
+    before, x = {name: value.clone() for name, value in network.state_dict().items()}, torch.randn(1, 3, 8, 8)
+    modules = dict(network.named_modules())
+    graph = trace(network, (1, 3, 8, 8))
+    assert torch.equal(graph(x), network(x))
+    assert dict(network.named_modules()) == modules
+    assert network.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert graph.get_submodule("bn1.batch_norm").weight is network.bn1.weight
+
+
+def test_what_was_written_in_functions_trains_as_it_did():
+    network, x = functional_network(), torch.randn(4, 3, 8, 8)
+    tunable = folded_for_training(network, example_input=(1, 3, 8, 8))
+    for training in (True, False):
+        assert torch.allclose(tunable.module.train(training)(x), network.train(training)(x), atol=1e-5)
+
+
+class Weights(nn.Module):
+    """Weights and what to do with them."""
+
+    def __init__(self, call, **weights):
+        super().__init__()
+        self.call = call
+        for name, value in weights.items():
+            (self.register_buffer if name.startswith("running") else self.register_parameter)(name, value)
+
+    def forward(self, x):
+        return self.call(self, x)
+
+
+def weights(call, *parameters: tuple[int, ...], statistics: int = 0) -> Weights:
+    torch.manual_seed(0)
+    named = {name: nn.Parameter(torch.randn(shape)) for name, shape in zip("wbc", parameters, strict=False)}
+    kept = {name: torch.rand(statistics) + 0.5 for name in ("running_mean", "running_var") if statistics}
+    return Weights(call, **named, **kept)
+
+
+BECOME = {
+    "conv1d": (nn.Conv1d, (2, 4, 9), lambda m, x: functional.conv1d(x, m.w, m.b), (6, 4, 3), (6,)),
+    "grouped": (nn.Conv2d, (2, 4, 9, 9), lambda m, x: functional.conv2d(x, m.w, stride=2, groups=2), (6, 2, 3, 3)),
+    "same": (nn.Conv2d, (2, 4, 9, 9), lambda m, x: functional.conv2d(x, m.w, None, 1, "same", 2), (6, 4, 3, 3)),
+    "conv3d": (nn.Conv3d, (1, 2, 5, 5, 5), lambda m, x: functional.conv3d(x, m.w, padding=[1, 0, 1]), (4, 2, 3, 3, 3)),
+    "linear": (nn.Linear, (2, 3, 4), lambda m, x: functional.linear(x, m.w, m.b), (5, 4), (5,)),
+    "layer norm": (nn.LayerNorm, (2, 3, 4), lambda m, x: functional.layer_norm(x, (4,), m.w, None, 1e-3), (4,)),
+    "group norm": (nn.GroupNorm, (2, 6, 4), lambda m, x: functional.group_norm(x, 3, m.w, m.b, 1e-3), (6,), (6,)),
+    "prelu": (nn.PReLU, (2, 6, 4), lambda m, x: functional.prelu(x, m.w), (6,)),
+    "moved": (nn.Linear, (2, 3), lambda m, x: functional.linear(x, m.w.transpose(0, 1)), (3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", BECOME)
+def test_a_function_becomes_the_module_that_computes_the_same(name):
+    kind, shape, call, *shapes = BECOME[name]
+    network, x = weights(call, *shapes), torch.randn(shape)
+    graph = trace(network, shape)
+    assert [type(called_module(graph, node)) for node in graph.graph.nodes if node.op == "call_module"] == [kind]
+    assert not graph.graph.find_nodes(op="get_attr")
+    assert torch.equal(graph(x), network(x))
+
+
+@pytest.mark.parametrize("axes", [2, 3, 4, 5])
+def test_a_batch_norm_is_that_of_its_axes(axes):
+    def call(m, x):
+        return functional.batch_norm(x, m.running_mean, m.running_var, m.w, m.b, eps=1e-3)
+
+    shape = (2, 4, 3, 3, 3)[:axes]
+    network, x = weights(call, (4,), (4,), statistics=4), torch.randn(shape)
+    graph = trace(network, shape)
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[axes]
+    assert {type(module) for module in graph.modules()} >= {kind}
+    assert torch.equal(graph(x), network(x))
+
+
+REMAIN = {
+    "statistics of the batch": (
+        lambda m, x: functional.batch_norm(x, m.running_mean, m.running_var, m.w, m.b, True),
+        (4,),
+        (4,),
+    ),
+    "no weights": (lambda m, x: functional.batch_norm(x, m.running_mean, m.running_var) * m.w, (1,)),
+    "computed weights": (lambda m, x: functional.conv2d(x, m.w * 2), (6, 4, 3, 3)),
+    "one stride for both axes, in a list": (lambda m, x: functional.conv2d(x, m.w, stride=[2]), (6, 4, 3, 3)),
+    "no batch": (lambda m, x: functional.conv2d(x[0], m.w).unsqueeze(0), (6, 4, 3, 3)),
+    "two types": (lambda m, x: functional.linear(x, m.w.double().float()), (6, 9)),
+    "read twice": (lambda m, x: x * m.w.reshape(1, -1, 1, 1) + m.w.reshape(4, 1, 1), (4,)),
+}
+
+
+@pytest.mark.parametrize("name", REMAIN)
+def test_what_no_module_computes_stays_as_it_is(name):
+    call, *shapes = REMAIN[name]
+    network, x = weights(call, *shapes, statistics=4), torch.randn(1, 4, 9, 9)
+    graph = trace(network, (1, 4, 9, 9))
+    assert all(node.op != "call_module" for node in graph.graph.nodes)
+    assert torch.equal(graph(x), network(x))
+
+
+class CalledAndRead(nn.Module):
+    """Uses the weights of a layer twice: the layer's way, and its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return functional.conv2d(self.layer(x), self.layer.weight)
+
+
+def test_a_layer_that_is_called_and_read_keeps_its_weights_and_gets_no_part():
+    network, x = CalledAndRead(), torch.randn(1, 3, 4, 4)
+    graph = trace(network, (1, 3, 4, 4))
+    assert [name for name, _ in network.named_modules()] == ["", "layer"]
+    assert len(graph.graph.find_nodes(op="call_module", target="layer")) == 1
+    assert graph.layer_weight_conv2d.weight is network.layer.weight
+    assert torch.equal(graph(x), network(x))
+
+
+def test_calls_with_the_same_weights_are_calls_of_one_module():
+    network = weights(lambda m, x: functional.conv2d(functional.conv2d(x, m.w), m.w), (4, 4, 1, 1))
+    graph = trace(network, (1, 4, 3, 3))
+    assert len({node.target for node in graph.graph.nodes if node.op == "call_module"}) == 1
+
+
+def test_moved_parameters_have_their_new_shape():
+    graph = trace(weights(lambda m, x: x * m.w.view(1, -1, 1).unsqueeze(-1), (4,)), (1, 4, 3, 3))
+    (kept,) = graph.graph.find_nodes(op="get_attr")
+    assert shape_of(kept) == tuple(graph.w.shape) == (1, 4, 1, 1)
+    assert isinstance(graph.w, nn.Parameter)
