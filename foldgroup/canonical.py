@@ -5,6 +5,7 @@
   The weights stay the same tensors.
 * A parameter that is only read with its axes moved, such as ``self.gamma.reshape(1, -1, 1, 1)``, is kept so.
 * What asks a parameter for its dtype or device asks the input, if both are of the same.
+* Sizes that nothing depends on are not asked for, nor is anything asserted: both would be readers of what is asked.
 
 No value is computed here, so none can differ.
 """
@@ -18,8 +19,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph import magic_methods
 from torch.nn import functional
 
+from foldgroup.purity import ASKING
 from foldgroup.trace import add_module, called_module, shape_of
 
 _Tensors: TypeAlias = Mapping[str, Tensor]
@@ -30,6 +33,7 @@ _Make: TypeAlias = Callable[[int, _Tensors, _Options], nn.Module | None]
 _STATISTICS = ("running_mean", "running_var")
 _WEIGHTS = ("weight", "bias", *_STATISTICS)
 
+_OPERATORS = {getattr(operator, name) for name in magic_methods if hasattr(operator, name)}
 _MOVES = ("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "contiguous")
 _MOVING = {operator.getitem, *_MOVES, *(getattr(torch, name) for name in _MOVES if hasattr(torch, name))}
 _SAME_EVERYWHERE = ("dtype", "device")
@@ -43,8 +47,16 @@ def canonical(graph: fx.GraphModule, *, to_train: bool = False) -> fx.GraphModul
     _ask_the_input(graph)
     _keep_moved(graph)
     _call_modules(graph, {functional.batch_norm} if to_train else set())
-    graph.graph.eliminate_dead_code(lambda node: node.op != "get_attr")
+    for node in graph.graph.find_nodes(op="call_function", target=torch._assert):
+        graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code(lambda node: not _only_asks(node))
     return fx.GraphModule(graph, graph.graph, type(graph).__name__)  # which holds only what is read
+
+
+def _only_asks(node: fx.Node) -> bool:
+    """Whether nothing comes of ``node`` but its value."""
+    asks = {"call_function": {getattr, *_OPERATORS}, "call_method": ASKING}
+    return node.op == "get_attr" or node.target in asks.get(node.op, ())
 
 
 def _ask_the_input(graph: fx.GraphModule) -> None:

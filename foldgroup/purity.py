@@ -59,7 +59,7 @@ _NEW = _WITH_WEIGHTS | _ACTIVATIONS | _POOLINGS | _ARITHMETIC | _FUNCTIONALS
 """What returns a new tensor when it does not work in place; all else might return a view of its operands."""
 
 _ABOUT = {"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"}
-_ASKING = {"size", "dim", "numel", "ndimension", "is_floating_point"}
+ASKING = {"size", "dim", "numel", "ndimension", "is_floating_point"}
 """Attributes and methods that tell about a tensor, and nothing of its values."""
 
 
@@ -114,7 +114,7 @@ def _other_reader(graph: fx.GraphModule, value: fx.Node, reader: fx.Node) -> str
 def _asks(node: fx.Node) -> bool:
     """Whether a node reads none of its operand's values."""
     attribute = node.op == "call_function" and node.target is getattr and node.args[1] in _ABOUT
-    return attribute or (node.op == "call_method" and node.target in _ASKING)
+    return attribute or (node.op == "call_method" and node.target in ASKING)
 
 
 def _is_new(graph: fx.GraphModule, node: fx.Node) -> bool:

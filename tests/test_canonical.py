@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import conv, filled, learned
+from graphs import Call, conv, filled, learned
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -195,3 +195,43 @@ def test_moved_parameters_have_their_new_shape():
     (kept,) = graph.graph.find_nodes(op="get_attr")
     assert shape_of(kept) == tuple(graph.w.shape) == (1, 4, 1, 1)
     assert isinstance(graph.w, nn.Parameter)
+
+
+class Padded(nn.Module):
+    """Decides by sizes, asserts them, and computes some for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = conv(3, 8, 3, padding=0), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = -(x.shape[-1] % -4)
+        y = self.conv(functional.pad(x, (0, missing, 0, missing)) if missing else x)
+        torch._assert(y.dim() == 4, "an image")
+        _ = y.shape[0] * y.size(1)
+        return self.norm(y)
+
+
+def test_what_only_asks_for_sizes_is_no_reader(tmp_path):
+    torch.manual_seed(0)
+    network = filled(Padded())
+    assert [node.op for node in trace(network, (1, 3, 7, 7)).graph.nodes] == [
+        "placeholder",
+        "call_function",
+        "call_module",
+        "call_module",
+        "output",
+    ]
+    bundle = compile(network, tmp_path / "p", example_input=(1, 3, 7, 7), engine=False)
+    (folded,) = [record for record in bundle.passes["passes"] if record["name"] == "fold_batchnorm"]
+    assert [rewrite["node"] for rewrite in folded["rewrites"]] == ["norm"]
+
+
+def test_what_is_overwritten_and_not_returned_is_not_dropped():
+    def call(x: Tensor) -> Tensor:
+        y = x * 2
+        y.add_(1)
+        return y
+
+    x = torch.randn(1, 3)
+    assert torch.equal(trace(Call(call), (1, 3))(x), call(x))
