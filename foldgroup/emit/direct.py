@@ -19,16 +19,17 @@ equations (:mod:`foldgroup.purity`). Nodes and values have the names, and nodes 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from foldgroup.emit.onnx_graph import Shape, Unfamiliar, Value, Writer, bound, onnx_types
+from foldgroup.emit.direct_activations import ACTIVATIONS
+from foldgroup.emit.onnx_graph import Operation, Shape, Unfamiliar, Value, Writer, bound, onnx_types
 from foldgroup.errors import TraceError
 from foldgroup.forms import CONVS, ChannelSelect, ChannelShuffle
 from foldgroup.purity import impurity
@@ -111,10 +112,6 @@ def _value(writer: Writer, node: fx.Node) -> Value:
     if kind not in OPERATIONS:
         raise Unfamiliar(f"{node.name} is {getattr(kind, '__name__', kind)}")
     return OPERATIONS[kind](writer, node)
-
-
-Operation: TypeAlias = Callable[[Writer, fx.Node], Value]
-"""Writes what computes a node and returns its value; raises Unfamiliar if anything about it is not known exactly."""
 
 
 def convolution(writer: Writer, node: fx.Node) -> Value:
@@ -336,33 +333,6 @@ def _binary(kind: str) -> Operation:
     return write
 
 
-def _elementwise(kind: str, **attributes: Any) -> Operation:
-    """One ONNX node of one operand; ``inplace`` makes no difference (see :mod:`foldgroup.purity`)."""
-
-    def write(writer: Writer, node: fx.Node) -> Value:
-        given = bound(node, "input")[0] if node.op == "call_module" else bound(node, "input", inplace=False)[0]
-        x = writer.computed(node, given)
-        if not x.dtype.is_floating_point:
-            raise Unfamiliar(f"{node.name} may be of another type than what it reads")
-        return writer.emit(node, kind, [x], **attributes)
-
-    return write
-
-
-def silu(writer: Writer, node: fx.Node) -> Value:
-    """Every x times sigmoid(x)."""
-    x = writer.only(node)
-    return writer.emit(node, "Mul", [x, writer.emit(node, "Sigmoid", [x], last=False)])
-
-
-def clip(writer: Writer, node: fx.Node) -> Value:
-    """ReLU6 and Hardtanh."""
-    module: Any = called_module(writer.graph, node)
-    x = writer.only(node)
-    bounds = [writer.constant(node, float(at), x.dtype) for at in (module.min_val, module.max_val)]
-    return writer.emit(node, "Clip", [x, *bounds])
-
-
 def nothing(writer: Writer, node: fx.Node) -> Value:
     """What returns its operand in evaluation mode, which :mod:`foldgroup.purity` sees to."""
     return writer.only(node)
@@ -378,13 +348,7 @@ OPERATIONS: dict[Any, Operation] = {
     functional.adaptive_avg_pool1d: _global_pool_of(1),
     functional.adaptive_avg_pool2d: _global_pool_of(2),
     functional.adaptive_avg_pool3d: _global_pool_of(3),
-    **dict.fromkeys((nn.ReLU, functional.relu, torch.relu, "relu"), _elementwise("Relu")),
-    **dict.fromkeys((nn.Sigmoid, torch.sigmoid, "sigmoid"), _elementwise("Sigmoid")),
-    **dict.fromkeys((nn.Tanh, torch.tanh, "tanh"), _elementwise("Tanh")),
-    nn.Hardswish: _elementwise("HardSwish"),
-    nn.Hardsigmoid: _elementwise("HardSigmoid", alpha=1 / 6, beta=0.5),
-    nn.SiLU: silu,
-    **dict.fromkeys((nn.ReLU6, nn.Hardtanh), clip),
+    **ACTIVATIONS,
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), nothing),
     **dict.fromkeys((nn.Flatten, torch.flatten, "flatten"), flatten),
     **dict.fromkeys((torch.mean, "mean"), mean),

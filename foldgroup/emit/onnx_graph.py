@@ -7,7 +7,7 @@ What :mod:`foldgroup.emit.direct` writes with. Nodes are named after layers as
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -171,3 +171,7 @@ class Writer:
             name += ":0"
         self._values.add(name)
         return name
+
+
+Operation: TypeAlias = Callable[[Writer, fx.Node], Value]
+"""Writes what computes a node and returns its value; raises Unfamiliar if anything about it is not known exactly."""
