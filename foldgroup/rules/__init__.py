@@ -112,10 +112,10 @@ def _begin(graph: fx.GraphModule, axes: Mapping[fx.Node, int | None], rules: Map
         if isinstance(module, _ConvNd | _BatchNorm) or (isinstance(module, ChannelShuffle) and module.dim == 1):
             operand = node.all_input_nodes[0]
             if len(shape_of(operand)) >= 2 and axes[operand] != 1:
-                while isinstance(rules[operand], Reads) and [*map(shape_of, operand.all_input_nodes)] == [
-                    shape_of(operand)
+                while isinstance(rules[operand], Reads | Through) and [shape_of(operand)] == [
+                    *map(shape_of, operand.all_input_nodes)
                 ]:
-                    operand = operand.all_input_nodes[0]  # what keeps the shape, and the lack of channels
+                    operand = operand.all_input_nodes[0]  # as before what keeps the shape, which a pass may drop
                 found.add(operand)
     return found
 

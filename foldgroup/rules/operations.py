@@ -257,28 +257,49 @@ def _moved(call: Call, dims: Any) -> Rule:
     return Through((call.first,), place)
 
 
-def reduction(call: Call) -> Rule:
-    """Mean, sum, greatest … over some dimensions."""
-    if "shape" not in call.node.meta:
-        return Barrier(f"{call.node.name} gives more than one tensor")
-    dims = call.argument(1, "dim")
-    axis, rank = call.axis(call.first), len(shape_of(call.first))
-    axes = dims if isinstance(dims, list | tuple) else [dims]
-    if axis is None or any(isinstance(dim, bool) or not isinstance(dim, int | None) for dim in axes):
-        return Barrier(f"{call.node.name} reduces dimensions that are not fixed")
-    if not axes or None in axes:
-        return Reads()
-    gone = {dim % rank for dim in axes}
-    if axis in gone:
-        return Reads()
-    kept = len(call.shape) == rank
-    return Through((call.first,), axis if kept else axis - sum(dim < axis for dim in gone))
+def reduction(position: int = 1) -> RuleOf:
+    """Mean, sum, norm … over some dimensions, which are the argument at ``position``."""
+
+    def rule(call: Call) -> Rule:
+        if "shape" not in call.node.meta:
+            return Barrier(f"{call.node.name} gives more than one tensor")
+        dims = call.argument(position, "dim")
+        axis, rank = call.axis(call.first), len(shape_of(call.first))
+        axes = dims if isinstance(dims, list | tuple) else [dims]
+        if axis is None or any(isinstance(dim, bool) or not isinstance(dim, int | None) for dim in axes):
+            return Barrier(f"{call.node.name} reduces dimensions that are not fixed")
+        if not axes or None in axes:
+            return Reads()
+        gone = {dim % rank for dim in axes}
+        if axis in gone:
+            return Reads()
+        kept = len(call.shape) == rank
+        return Through((call.first,), axis if kept else axis - sum(dim < axis for dim in gone))
+
+    return rule
 
 
 def concatenation(call: Call) -> Rule:
     """Along the channels, or along another dimension."""
+    joined = _joined(call)
+    if isinstance(joined, Barrier):
+        return joined
+    parts, axis, dim = joined
+    return Joins(tuple(parts), axis) if dim == axis else Through(tuple(dict.fromkeys(parts)), axis)
+
+
+def stacking(call: Call) -> Rule:
+    """Along a new dimension."""
+    joined = _joined(call)
+    if isinstance(joined, Barrier):
+        return joined
+    parts, axis, dim = joined
+    return Through(tuple(dict.fromkeys(parts)), axis + (dim <= axis))
+
+
+def _joined(call: Call) -> tuple[list[fx.Node], int, int] | Barrier:
+    """The tensors that a call joins, the axis of their channels, and the dimension of the result to join them along."""
     parts, dim = call.argument(0, "tensors"), call.argument(1, "dim", 0)
-    rank = len(call.shape)
     if not isinstance(parts, list | tuple) or not all(isinstance(part, fx.Node) for part in parts):
         return Barrier(f"{call.node.name} joins what is not a list of tensors")
     axes = {call.axis(part) for part in parts}
@@ -286,7 +307,7 @@ def concatenation(call: Call) -> Rule:
         return Barrier(f"{call.node.name} joins tensors with channels on different axes")
     (axis,) = axes
     assert axis is not None
-    return Joins(tuple(parts), axis) if dim % rank == axis else Through(tuple(dict.fromkeys(parts)), axis)
+    return list(parts), axis, dim % len(call.shape)
 
 
 def splitting(cut: Callable[[Tensor, Any], tuple[Tensor, ...]], name: str) -> RuleOf:

@@ -36,6 +36,7 @@ from foldgroup.rules.operations import (
     shuffle,
     spatial,
     splitting,
+    stacking,
     transpose,
 )
 
@@ -113,8 +114,10 @@ def _functions() -> dict[object, RuleOf]:
     rules |= dict.fromkeys((torch.permute, "permute"), permute)
     rules |= dict.fromkeys((torch.transpose, torch.swapaxes, "transpose", "swapaxes"), transpose)
     for name in ("mean", "sum", "amax", "amin", "var", "std", "prod", "logsumexp"):
-        rules |= dict.fromkeys((getattr(torch, name), name), reduction)
+        rules |= dict.fromkeys((getattr(torch, name), name), reduction())
+    rules |= dict.fromkeys((torch.norm, torch.linalg.vector_norm, "norm"), reduction(2))
     rules |= dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenation)
+    rules[torch.stack] = stacking
     rules |= dict.fromkeys((torch.chunk, "chunk"), splitting(torch.chunk, "chunks"))
     rules |= dict.fromkeys((torch.split, "split"), splitting(torch.split, "split_size_or_sections"))
     rules |= dict.fromkeys((torch.narrow, "narrow"), narrow)

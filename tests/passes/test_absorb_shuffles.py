@@ -64,7 +64,7 @@ REASONS = {
     "before the output": "the order here is wanted by 1 (outputs) and fixed by network output",
     "chunk": "the order here is wanted by 1 (outputs)",
     "leaf": "the order here is wanted by 1 (outputs) and fixed by no rule for Leaf (2)",
-    "transpose": "and fixed by _3 makes channels of something else",
+    "transpose": "and fixed by transpose makes channels of something else",
     "grouped": "the order here is wanted by 1 (outputs), 2 (inputs)",
     "linear over width": "and fixed by 2 is linear over an axis other than the channels",
     "broadcast channel": "the order here is wanted by 1 (outputs)",
