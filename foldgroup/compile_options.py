@@ -17,6 +17,9 @@ from foldgroup.tuned import TuningOptions
 INT8_ONLY = ("--calibrate", "--calibration", "--reduce-range")
 """Options that nothing comes of without int8; how many images and where times are kept may be said in any case."""
 
+TENSORRT_ONLY = ("--optimization-level", "--workspace", "--timing-cache")
+"""Those that only TensorRT's builder reads, or TensorRT-RTX's."""
+
 
 def chosen_variants(
     names: Sequence[str], precisions: Sequence[str], *, engine: bool, gpu: Sequence[str]
@@ -61,7 +64,7 @@ class Job:
     def check(self, given: Mapping[str, bool]) -> None:
         """Refuse, before any work, options that do not go together, or that nothing would come of.
 
-        ``given`` says which were given of those in :data:`INT8_ONLY`.
+        ``given`` says which were given of those in :data:`INT8_ONLY` and :data:`TENSORRT_ONLY`.
 
         Raises:
             TargetError, TuningError, EmitError: naming what to give instead.
@@ -78,6 +81,11 @@ class Job:
         for option in INT8_ONLY:
             if given[option] and "int8" not in precisions:
                 raise TargetError(f"{option} has no effect without --precision int8: add that, or leave it out")
+        for option in TENSORRT_ONLY:
+            if given[option] and not any(v.target.name.startswith("tensorrt") for v in self.chosen):
+                raise TargetError(
+                    f"{option} is about TensorRT engines, and none is asked for: add a --target that is one"
+                )
         if "int8" in precisions and not given["--calibrate"]:
             raise TargetError("int8 needs real images to read ranges off: name a folder of them with --calibrate")
         if self.keep_float and set(precisions) == {"fp32"}:

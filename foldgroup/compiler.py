@@ -141,6 +141,9 @@ def compile(
             "--calibrate": calibrate is not None,
             "--calibration": calibration != "minmax",
             "--reduce-range": reduce_range is not None,
+            "--optimization-level": engine_settings.optimization_level is not None,
+            "--workspace": engine_settings.workspace_mib is not None,
+            "--timing-cache": engine_settings.timing_cache is not None,
         }
     )
     clock = Clock(on_step)

@@ -344,6 +344,12 @@ def test_the_few_layers_that_hurt_most_can_be_found_by_measuring(
         ({"tune": True, "packing": False}, FoldgroupError, "give one of them"),
         ({"target": ["openvino:fp16"], "emit": ["triton"]}, EmitError, "Triton can serve none of these: openvino"),
         ({"engine_settings": EngineSettings(compatibility="ampere_plus")}, FoldgroupError, "compatibility|--gpu"),
+        ({"engine_settings": EngineSettings(workspace_mib=64), "engine": False}, TargetError, "--workspace is about"),
+        (
+            {"engine_settings": EngineSettings(timing_cache=Path("t")), "target": ["openvino"]},
+            TargetError,
+            "--timing-cache is about TensorRT engines",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_and_nothing_is_written(
