@@ -1,19 +1,16 @@
 """A traced network in the words that passes know, where it was written in others.
 
-* A layer that is called as a function, with weights of the network's own, becomes the module of torch's that computes
-  the same: ``functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)`` a ``BatchNorm2d``.
-  The weights stay the same tensors.
-* A parameter that is only read with its axes moved, such as ``self.gamma.reshape(1, -1, 1, 1)``, is kept so.
+* What a network computes of its own tensors alone, such as a kernel times a mask that its gates describe, is the same
+  in every call. It is computed here, once, as the network does it: in its own precision, or in float32 if that is more.
+* A layer that is called as a function, with such weights, becomes the module of torch's that computes the same:
+  ``functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)`` a ``BatchNorm2d``.
 * What asks a parameter for its dtype or device asks the input, if both are of the same.
 * Sizes that nothing depends on are not asked for, nor is anything asserted: both would be readers of what is asked.
-
-No value is computed here, so none can differ.
 """
 
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -22,8 +19,8 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import magic_methods
 from torch.nn import functional
 
-from foldgroup.purity import ASKING
-from foldgroup.trace import add_module, called_module, shape_of
+from foldgroup.purity import ASKING, overwritten
+from foldgroup.trace import add_buffer, add_module, shape_of
 
 _Tensors: TypeAlias = Mapping[str, Tensor]
 _Options: TypeAlias = Mapping[str, Any]
@@ -34,18 +31,68 @@ _STATISTICS = ("running_mean", "running_var")
 _WEIGHTS = ("weight", "bias", *_STATISTICS)
 
 _OPERATORS = {getattr(operator, name) for name in magic_methods if hasattr(operator, name)}
-_MOVES = ("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "contiguous")
-_MOVING = {operator.getitem, *_MOVES, *(getattr(torch, name) for name in _MOVES if hasattr(torch, name))}
-_SAME_EVERYWHERE = ("dtype", "device")
+
+
+def compute_constants(graph: fx.GraphModule) -> None:
+    """Compute what depends on no input, and keep it in its place; shapes need not be known."""
+    known: dict[fx.Node, Any] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = _widened(_attribute(graph, node))
+        elif node.all_input_nodes and known.keys() >= set(node.all_input_nodes):
+            value = _evaluated(graph, node, known)
+            if value is not None:
+                known[node] = value
+        if isinstance(known.get(node), Tensor):
+            node.meta["shape"] = tuple(known[node].shape)
+    for node, value in reversed(known.items()):  # what reads before what is read
+        if not node.users:
+            graph.graph.erase_node(node)
+        elif node.op != "get_attr" and isinstance(value, Tensor):
+            with graph.graph.inserting_before(node):
+                kept = add_buffer(graph, node.name, _narrowed(value, graph).contiguous())
+                node.replace_all_uses_with(graph.graph.get_attr(kept))
+            graph.graph.erase_node(node)
+        elif isinstance(value, int | float | torch.Size):  # but no dtype: it is another where the network is cast
+            for reader in list(node.users):
+                inputs = (reader.args, dict(reader.kwargs))
+                reader.args, reader.kwargs = fx.map_arg(inputs, {node: value, **{n: n for n in known}}.get)
+            graph.graph.erase_node(node)
+
+
+def _widened(value: Any) -> Any:
+    short = isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4
+    return value.float() if short else value
+
+
+def _narrowed(value: Tensor, graph: fx.GraphModule) -> Tensor:
+    """In the network's own dtype if that holds it, as it does a kernel with some of its entries masked."""
+    dtype = next((parameter.dtype for parameter in graph.parameters()), value.dtype)
+    own = value.to(dtype)
+    return own if value.is_floating_point() and torch.equal(own.to(value.dtype), value) else value
+
+
+def _evaluated(graph: fx.GraphModule, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
+    """What ``node`` comes to; None if that is nothing, or if it overwrites what it reads."""
+    if node.op not in ("call_function", "call_method") or overwritten(graph, node):
+        return None
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+    call: Any = node.target
+    if node.op == "call_method":
+        call, args = getattr(args[0], str(node.target)), args[1:]
+    try:
+        with torch.no_grad():
+            return call(*args, **kwargs)
+    except Exception:  # as it will where shapes are looked for, which says so
+        return None
 
 
 def canonical(graph: fx.GraphModule, *, to_train: bool = False) -> fx.GraphModule:
-    """The graph in these words; the shapes of its nodes must be known.
+    """The graph in these words, but for constants; the shapes of its nodes must be known.
 
     Batch norm stays a function in a graph ``to_train``: as a module, it would take its statistics from the batch.
     """
     _ask_the_input(graph)
-    _keep_moved(graph)
     _call_modules(graph, {functional.batch_norm} if to_train else set())
     for node in graph.graph.find_nodes(op="call_function", target=torch._assert):
         graph.graph.erase_node(node)
@@ -59,38 +106,18 @@ def _only_asks(node: fx.Node) -> bool:
     return node.op == "get_attr" or node.target in asks.get(node.op, ())
 
 
+def _asks_for_kind(node: fx.Node) -> bool:
+    """Whether ``node`` is the dtype or the device of something."""
+    return node.target is getattr and node.args[1] in ("dtype", "device")
+
+
 def _ask_the_input(graph: fx.GraphModule) -> None:
     given = next(node for node in graph.graph.nodes if node.op == "placeholder")
     dtype = next((parameter.dtype for parameter in graph.parameters()), torch.float32)
     for node in graph.graph.find_nodes(op="call_function", target=getattr):
-        asked, what = node.args[:2]
-        if what in ("dtype", "device") and asked.op == "get_attr" and _attribute(graph, asked).dtype == dtype:
+        asked = node.args[0]
+        if _asks_for_kind(node) and asked.op == "get_attr" and _attribute(graph, asked).dtype == dtype:
             node.update_arg(0, given)
-
-
-def _keep_moved(graph: fx.GraphModule) -> None:
-    read = Counter(id(_attribute(graph, node)) for node in graph.graph.find_nodes(op="get_attr") if node.users)
-    called = {module for node in graph.graph.nodes if (module := called_module(graph, node)) is not None}
-    read.update(id(tensor) for module in called for tensor in (*module.parameters(), *module.buffers()))
-    for node in list(graph.graph.nodes):
-        if node.op == "call_module" or node.target not in _MOVING or len(node.all_input_nodes) != 1:
-            continue
-        source = node.all_input_nodes[0]
-        if source.op != "get_attr" or len(source.users) != 1 or node.args[:1] != (source,):
-            continue
-        holder, _, name = str(source.target).rpartition(".")
-        tensor, owner = _attribute(graph, source), graph.get_submodule(holder)
-        if not isinstance(tensor, Tensor) or read[id(tensor)] != 1 or not (owner is graph or _is_holder(owner)):
-            continue
-        move = getattr(Tensor, node.target) if node.op == "call_method" else node.target
-        moved = move(tensor.detach(), *node.args[1:], **node.kwargs).contiguous()
-        if moved.dtype != tensor.dtype:
-            continue
-        setattr(owner, name, nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved)
-        read[id(_attribute(graph, source))] = 1
-        source.meta["shape"] = tuple(moved.shape)
-        node.replace_all_uses_with(source)
-        graph.graph.erase_node(node)
 
 
 def _call_modules(graph: fx.GraphModule, left: set[object]) -> None:
@@ -103,7 +130,7 @@ def _call_modules(graph: fx.GraphModule, left: set[object]) -> None:
         if make is None or node.target in left or not reads or {x, *reads.values()} != set(node.all_input_nodes):
             continue
         own = {name: _attribute(graph, value) for name, value in reads.items() if value.op == "get_attr"}
-        tensors = {name: t for name, t in own.items() if isinstance(t, nn.Parameter) == (name not in _STATISTICS)}
+        tensors = {name: t for name, t in own.items() if name not in _STATISTICS or not isinstance(t, nn.Parameter)}
         if len(tensors) < len(reads) or len({tensor.dtype for tensor in tensors.values()}) > 1:
             continue
         axes = len(shape_of(x))
@@ -114,13 +141,17 @@ def _call_modules(graph: fx.GraphModule, left: set[object]) -> None:
             if module is None:
                 continue
             for name, tensor in tensors.items():
-                setattr(module, name, tensor)
-            made[key] = add_module(graph, _name(graph, node.target, reads["weight"]), module.eval())
+                kept = name in _STATISTICS or isinstance(tensor, nn.Parameter)
+                setattr(module, name, tensor if kept else nn.Parameter(tensor, requires_grad=False))
+            made[key] = _named(graph, node, module.eval())
         with graph.graph.inserting_before(node):
             called = graph.graph.call_module(made[key], (x,))
         called.meta = dict(node.meta)
         node.replace_all_uses_with(called)
         graph.graph.erase_node(node)
+        for read in set(reads.values()):
+            if not read.users:
+                graph.graph.erase_node(read)
 
 
 def _attribute(graph: fx.GraphModule, node: fx.Node) -> Any:
@@ -128,17 +159,34 @@ def _attribute(graph: fx.GraphModule, node: fx.Node) -> Any:
     return getattr(graph.get_submodule(holder), name)
 
 
-def _is_holder(module: nn.Module) -> bool:
-    """Whether tracing made ``module`` to hold what is read, so that it is none of the network's own."""
-    return type(module) is nn.Module
+def _layer(node: fx.Node) -> str:
+    """The path of the module whose ``forward()`` calls a function; empty for the network's own."""
+    layers = node.meta.get("nn_module_stack", {})
+    return str(next(reversed(layers.values()))[0]) if layers else ""
 
 
-def _name(graph: fx.GraphModule, function: Any, weight: fx.Node) -> str:
-    """The function in the layer that ``weight`` is of: ``stem.bn.weight`` gives ``stem.bn.batch_norm``."""
-    owner = str(weight.target).rpartition(".")[0]
-    if _is_holder(graph.get_submodule(owner)):
-        return f"{owner}.{function.__name__}"
-    return f"{weight.target}.{function.__name__}".replace(".", "_")
+def _named(graph: fx.GraphModule, node: fx.Node, module: nn.Module) -> str:
+    """Add ``module`` as the layer whose ``forward()`` calls ``node``, if that is all that comes of what the layer has.
+
+    Otherwise it gets the function's name within the layer. Returns its path.
+    """
+    layer = _layer(node)
+    weights = [read for read in node.all_input_nodes if read.op == "get_attr" and len(read.users) == 1]
+    others = [
+        other
+        for other in graph.graph.nodes
+        if (
+            other.op in ("get_attr", "call_module")
+            and f"{other.target}.".startswith(f"{layer}.")
+            and other not in weights
+        )
+        or (other.target in _FUNCTIONS and other is not node and _layer(other) == layer)
+    ]
+    if layer and not others:
+        graph.add_submodule(layer, module)  # in place of what held the weights
+        return layer
+    function = getattr(node.target, "__name__", "layer")
+    return add_module(graph, f"{layer}.{function}".removeprefix("."), module)
 
 
 def _batch_norm(axes: int, tensors: _Tensors, options: _Options) -> nn.Module | None:

@@ -75,14 +75,14 @@ def impurity(graph: fx.GraphModule) -> str | None:
             replaced = [name for name, value in vars(part).items() if callable(value) and hasattr(type(part), name)]
             if replaced:
                 return f"{node.target} has a {replaced[0]}() of its own: make it a class"
-        for value in _overwritten(graph, node):
+        for value in overwritten(graph, node):
             reader = _other_reader(graph, value, node)
             if reader is not None:
                 return f"{node.name} overwrites {value.name}, which {reader} too: do not work in place"
     return None
 
 
-def _overwritten(graph: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+def overwritten(graph: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     """The tensors that ``node`` overwrites: its first operand if it works in place, and what is given as ``out``."""
     module = called_module(graph, node)
     if module is not None:
@@ -107,7 +107,7 @@ def _other_reader(graph: fx.GraphModule, value: fx.Node, reader: fx.Node) -> str
     others = [user.name for user in value.users if user is not reader and not _asks(user)]
     if others or _is_new(graph, value):
         return f"{others[0]} reads" if others else None
-    operands = _overwritten(graph, value) or value.all_input_nodes  # an in-place operation returns what it overwrote
+    operands = overwritten(graph, value) or value.all_input_nodes  # an in-place operation returns what it overwrote
     return next((found for operand in operands if (found := _other_reader(graph, operand, value)) is not None), None)
 
 
@@ -123,4 +123,4 @@ def _is_new(graph: fx.GraphModule, node: fx.Node) -> bool:
     if isinstance(module, ChannelShuffle):
         return not module.order.is_identity
     kind = node.target if module is None else type(module)
-    return kind in _NEW and not _overwritten(graph, node)
+    return kind in _NEW and not overwritten(graph, node)

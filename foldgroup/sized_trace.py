@@ -57,8 +57,8 @@ class SizedProxy(Proxy):
 class SizedTracer(Tracer):
     """For one input of ``input_shape`` [N, C, …]."""
 
-    def __init__(self, input_shape: tuple[int, ...]) -> None:
-        super().__init__()
+    def __init__(self, input_shape: tuple[int, ...], *, values: bool = False) -> None:
+        super().__init__(values=values)
         self.input_shape = input_shape
         self.known: dict[fx.Node, tuple[Any, Any]] = {}
         self.modes = [FakeTensorMode(allow_non_fake_inputs=True) for _ in BATCHES]

@@ -55,7 +55,19 @@ Tracing does, and so may exporting.
 
 
 class Tracer(fx.Tracer):
-    """Keeps torch's own layers and DGConv as single nodes."""
+    """Keeps torch's own layers and DGConv as single nodes.
+
+    With ``values``, parameters are what they are, not proxies: what follows from them alone is computed while tracing,
+    and may be decided by.
+    """
+
+    def __init__(self, *, values: bool = False) -> None:
+        super().__init__()
+        self.has_values = values
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """What a module's attribute is while it is traced."""
+        return attr_val if self.has_values else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
         """The graph of a module."""
@@ -81,7 +93,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, to_train: bool = Fa
         TraceError: if the model's control flow depends on its input (naming the line), if it takes more than one input,
             if it does not accept this shape, or if calling it does more than its ``forward()``.
     """
-    from foldgroup.canonical import canonical
+    from foldgroup.canonical import canonical, compute_constants
 
     if model._forward_hooks or model._forward_pre_hooks or type(model).__call__ is not nn.Module.__call__:
         raise TraceError(
@@ -89,37 +101,49 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, to_train: bool = Fa
             "module whose forward() does what they do"
         )
     model.eval()
+    own = set(vars(model))
     try:
-        graph = fx.GraphModule(model, _traced(model, input_shape), type(model).__name__)
+        graph = fx.GraphModule(model, _traced(model, input_shape, to_train=to_train), type(model).__name__)
     except (Exception, SystemExit) as error:
         raise TraceError(why(type(model).__name__, error)) from error
+    finally:
+        for name in set(vars(model)) - own:  # where torch.fx put the constants that it met
+            delattr(model, name)
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         names = ", ".join(str(node.target) for node in inputs) or "none"
         raise TraceError(
             f"{type(model).__name__} takes {len(inputs)} inputs ({names}): wrap it in a module that takes one tensor"
         )
-    for node in graph.graph.nodes:
-        node.meta = {}
+    if not to_train:
+        compute_constants(graph)
     attach_shapes(graph, input_shape)
     graph = canonical(graph, to_train=to_train)
     for node in graph.graph.nodes:
-        node.meta["origin"] = node.name
+        shape = {"shape": node.meta["shape"]} if "shape" in node.meta else {}
+        node.meta = {"origin": node.name, **shape}
     return graph
 
 
-def _traced(model: nn.Module, input_shape: tuple[int, ...]) -> fx.Graph:
-    """What torch.fx sees of ``model``; if it cannot be traced so, with the sizes that follow from ``input_shape``."""
+def _traced(model: nn.Module, input_shape: tuple[int, ...], *, to_train: bool) -> fx.Graph:
+    """What torch.fx sees of ``model``.
+
+    If it cannot be traced so, with the sizes that follow from ``input_shape``, or with the values of parameters, which
+    are not to change then.
+    """
     from foldgroup.sized_trace import SizedTracer
 
-    with contextlib.redirect_stdout(sys.stderr):  # what forward() prints is no result of ours
-        try:
-            return Tracer().trace(model)
-        except (Exception, SystemExit) as error:  # forward() raises what it likes
+    tracers: list[Tracer] = [Tracer(), SizedTracer(input_shape)]
+    if not to_train:
+        tracers += [Tracer(values=True), SizedTracer(input_shape, values=True)]
+    errors: list[BaseException] = []
+    with contextlib.redirect_stdout(sys.stderr), torch.no_grad():  # what forward() prints is no result of ours
+        for tracer in tracers:
             try:
-                return SizedTracer(input_shape).trace(model)
-            except (Exception, SystemExit):
-                raise error from None
+                return tracer.trace(model)
+            except (Exception, SystemExit) as error:  # forward() raises what it likes
+                errors.append(error)
+    raise errors[0]
 
 
 def check_trains_alike(model: nn.Module) -> None:

@@ -74,7 +74,10 @@ def check_weights(
     of_norm: Tensor,
     counts: Counts,
 ) -> None:
-    """Entry for entry: weight[o, i] = (U ⊙ W)[after[o], before[i]], zero for what is left out."""
+    """Entry for entry: weight[o, i] = (U ⊙ W)[after[o], before[i]], zero for what is left out.
+
+    Bit for bit, but for the sign of zeros: what is read is finite, so 0 and −0 add the same to a sum.
+    """
     kinds = (*CONVS, *TRANSPOSED_CONVS, *KINDS.values(), nn.Linear)
     require(type(original) in kinds, f"it stands for a {type(original).__name__}")
     assert isinstance(original, _ConvNd | nn.Linear)
@@ -117,6 +120,8 @@ def check_weights(
     if connected is not None:
         require(not bool(ours[~connected].any()), "a weight that the mask removes is not zero")
         kept[~connected] = ours[~connected].to(kept.dtype)  # a zero of either sign: a batch norm may have turned it
+    if not equal_bits(ours, kept):  # masks that were multiplied with left zeros of either sign, too
+        kept = torch.where(ours.eq(0) & kept.eq(0), ours.to(kept.dtype), kept)
     require(equal_bits(ours, kept), "a weight is not the one it came from")
     same = module.bias is bias if module.bias is None or bias is None else equal_bits(module.bias.detach(), bias)
     require(same, "a bias is not the one it came from")

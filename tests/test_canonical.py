@@ -104,6 +104,92 @@ def weights(call, *parameters: tuple[int, ...], statistics: int = 0) -> Weights:
     return Weights(call, **named, **kept)
 
 
+class _Sign(torch.autograd.Function):
+    """1 where a gate is positive; its gradient goes straight through."""
+
+    @staticmethod
+    def forward(ctx, gate):
+        return (gate > 0).to(gate.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def by_expression(gate):
+    mask = torch.ones(1, 1)
+    for g in (gate > 0).float().split(1):
+        mask = torch.kron(mask, g * torch.ones(2, 2) + (1 - g) * torch.eye(2))
+    return mask
+
+
+def straight_through(gate):
+    mask, on = torch.ones(1, 1), _Sign.apply(gate)
+    for i in range(len(gate)):
+        mask = torch.kron(mask, on[i] * torch.ones(2, 2) + (1 - on[i]) * torch.eye(2))
+    return mask
+
+
+def decided(gate):
+    mask = torch.ones(1, 1)
+    for g in gate:
+        mask = torch.kron(mask, torch.ones(2, 2) if g > 0 else torch.eye(2))
+    return mask
+
+
+def chosen(gate):
+    """A group for every channel, as FLGC chooses it."""
+    scores = (torch.arange(8)[:, None] + gate.argsort()) % 4
+    groups = functional.one_hot(scores.argmax(1), 4).float()
+    return groups @ groups.T
+
+
+class OwnLayer(nn.Module):
+    """Somebody's own layer with learned groups."""
+
+    def __init__(self, mask, gates):
+        super().__init__()
+        self.mask, self.gate = mask, nn.Parameter(torch.tensor(gates))
+        self.weight = nn.Parameter(torch.randn(8, 8, 3, 3))
+
+    def forward(self, x):
+        return functional.conv2d(x, self.weight * self.mask(self.gate)[:, :, None, None], padding=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "mask, gates",
+    [
+        (by_expression, (0.3, -0.2, 0.1)),
+        (straight_through, (-0.3, 0.2, 0.1)),
+        (decided, (0.3, 0.2, -0.1)),
+        (chosen, (0.4, -1.0, 2.0, 0.1)),
+    ],
+)
+def test_a_layer_of_ones_own_that_masks_its_kernel_is_folded(mask, gates, dtype, tmp_path):
+    torch.manual_seed(0)
+    own = OwnLayer(mask, gates)
+    model = filled(nn.Sequential(conv(3, 8), own, nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4))).to(dtype)
+    with torch.no_grad():
+        own.gate.copy_(torch.tensor(gates))
+    bundle = compile(model, tmp_path / "own", example_input=(1, 3, 8, 8), engine=False, packing=False)
+    kept = torch.count_nonzero(own.mask(own.gate.float())) * 9
+    assert bundle.manifest["macs"]["nominal"] == 64 * (3 * 8 + int(kept) + 8 * 4)
+    assert bundle.manifest["shuffles"]["kept"] == []
+    (found,) = [record for record in bundle.passes["passes"] if record["name"] == "find_groups"]
+    assert [rewrite["node"] for rewrite in found["rewrites"]] == ["1"]
+
+
+def test_zeros_of_either_sign_are_what_a_mask_leaves(tmp_path):
+    masked = conv(8, 8, 3)
+    model = filled(nn.Sequential(conv(3, 8), masked, conv(8, 4)))
+    with torch.no_grad():
+        masked.weight.mul_(by_expression(torch.tensor((-0.3, 0.2, 0.1)))[:, :, None, None])
+    assert (torch.signbit(masked.weight) & (masked.weight == 0)).any()
+    bundle = compile(model, tmp_path / "zeros", example_input=(1, 3, 8, 8), engine=False, vector_width=8)
+    assert bundle.manifest["certificate"]["holds"]  # of kernels that packing fills with zeros of its own
+
+
 BECOME = {
     "conv1d": (nn.Conv1d, (2, 4, 9), lambda m, x: functional.conv1d(x, m.w, m.b), (6, 4, 3), (6,)),
     "grouped": (nn.Conv2d, (2, 4, 9, 9), lambda m, x: functional.conv2d(x, m.w, stride=2, groups=2), (6, 2, 3, 3)),
@@ -147,11 +233,10 @@ REMAIN = {
         (4,),
     ),
     "no weights": (lambda m, x: functional.batch_norm(x, m.running_mean, m.running_var) * m.w, (1,)),
-    "computed weights": (lambda m, x: functional.conv2d(x, m.w * 2), (6, 4, 3, 3)),
+    "weights of the moment": (lambda m, x: functional.conv2d(x, m.w * x.mean()), (6, 4, 3, 3)),
+    "weights that are overwritten": (lambda m, x: functional.linear(x, m.w.clone().add_(1)), (6, 9)),
     "one stride for both axes, in a list": (lambda m, x: functional.conv2d(x, m.w, stride=[2]), (6, 4, 3, 3)),
     "no batch": (lambda m, x: functional.conv2d(x[0], m.w).unsqueeze(0), (6, 4, 3, 3)),
-    "two types": (lambda m, x: functional.linear(x, m.w.double().float()), (6, 9)),
-    "read twice": (lambda m, x: x * m.w.reshape(1, -1, 1, 1) + m.w.reshape(4, 1, 1), (4,)),
 }
 
 
@@ -180,8 +265,20 @@ def test_a_layer_that_is_called_and_read_keeps_its_weights_and_gets_no_part():
     graph = trace(network, (1, 3, 4, 4))
     assert [name for name, _ in network.named_modules()] == ["", "layer"]
     assert len(graph.graph.find_nodes(op="call_module", target="layer")) == 1
-    assert graph.layer_weight_conv2d.weight is network.layer.weight
+    assert graph.conv2d.weight is network.layer.weight
     assert torch.equal(graph(x), network(x))
+
+
+@pytest.mark.parametrize("to_train", [False, True])
+def test_a_layer_has_the_name_of_the_module_that_calls_it_unless_more_is_read_there(to_train):
+    alone = weights(lambda m, x: functional.linear(x, m.w), (9, 9))
+    again = weights(lambda m, x: functional.linear(x, m.w) * m.w, (9, 9))
+    twice = weights(lambda m, x: functional.linear(functional.linear(x, m.w), m.b), (9, 9), (9, 9))
+    network, x = nn.Sequential(alone, again, twice), torch.randn(1, 9, 9)
+    graph = trace(network, (1, 9, 9), to_train=to_train)
+    assert torch.equal(graph(x), network(x))
+    called = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+    assert called == ["0", "1.linear", "2.linear", "2.linear_"]
 
 
 def test_calls_with_the_same_weights_are_calls_of_one_module():
@@ -190,11 +287,26 @@ def test_calls_with_the_same_weights_are_calls_of_one_module():
     assert len({node.target for node in graph.graph.nodes if node.op == "call_module"}) == 1
 
 
-def test_moved_parameters_have_their_new_shape():
-    graph = trace(weights(lambda m, x: x * m.w.view(1, -1, 1).unsqueeze(-1), (4,)), (1, 4, 3, 3))
-    (kept,) = graph.graph.find_nodes(op="get_attr")
-    assert shape_of(kept) == tuple(graph.w.shape) == (1, 4, 1, 1)
-    assert isinstance(graph.w, nn.Parameter)
+COMPUTED = {
+    "moved": lambda m, x: x * m.w.view(1, -1, 1).unsqueeze(-1),
+    "moved twice": lambda m, x: x * m.w.reshape(1, -1, 1, 1) + m.w.reshape(4, 1, 1),
+    "in another type": lambda m, x: x * m.w.double().exp().float()[:, None, None],
+    "a slice": lambda m, x: x * m.w[2:3] + m.w.unsqueeze(-1)[:, None][1:2],
+    "its size": lambda m, x: x * m.w.shape[0] + m.w.dim() + len(m.w.view(1, -1)),
+    "all of it": lambda m, x: x + torch.kron(m.w.sign(), torch.ones(9))[:9].cumsum(0),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_what_depends_on_no_input_is_computed_once(name):
+    network, x = weights(COMPUTED[name], (4,)), torch.randn(2, 4, 9, 9)
+    attributes = set(vars(network))
+    graph = trace(network, (1, 4, 9, 9))
+    assert torch.equal(graph(x), network(x))
+    for node in graph.graph.nodes:
+        assert node.op in ("placeholder", "get_attr", "output") or any(r.op != "get_attr" for r in node.all_input_nodes)
+        assert node.op != "get_attr" or shape_of(node) == tuple(getattr(graph, node.target).shape)
+    assert set(vars(network)) == attributes
 
 
 class Padded(nn.Module):

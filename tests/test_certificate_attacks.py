@@ -803,7 +803,7 @@ class ConstantMoved(nn.Module):
 
 
 def _constant_moved() -> tuple[fx.GraphModule, fx.GraphModule]:
-    f = Forger(trace(filled(ConstantMoved()), (2, 3, 8, 8)))
+    f = Forger(trace(filled(ConstantMoved()), (2, 3, 8, 8), to_train=True))  # or the move is made while tracing
     x = f.upto("conv")
     scale = f.training.get_parameter("scale").detach()
     first = f.again("mul", x, f.constant("same", scale, "scale"))

@@ -71,7 +71,7 @@ class Own(nn.Module):
 
 def traced(layer: Layer, shape: tuple[int, ...] = IMAGE) -> fx.GraphModule:
     module = layer if isinstance(layer, nn.Module) else Call(layer)
-    return trace(filled(nn.Sequential(module)).double(), shape)
+    return trace(filled(nn.Sequential(module)).double(), shape, to_train=True)  # which computes nothing beforehand
 
 
 # ---- what a rule says, done ----------------------------------------------------------------------------------------
