@@ -34,11 +34,17 @@ _OPERATORS = {getattr(operator, name) for name in magic_methods if hasattr(opera
 
 
 def compute_constants(graph: fx.GraphModule) -> None:
-    """Compute what depends on no input, and keep it in its place; shapes need not be known."""
+    """Compute what depends on no input, and keep it in its place; shapes need not be known.
+
+    Whatever is asked for its device, it is the network's.
+    """
     known: dict[fx.Node, Any] = {}
+    device = next((parameter.device for parameter in graph.parameters()), torch.device("cpu"))
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             known[node] = _widened(_attribute(graph, node))
+        elif node.target is getattr and node.args[1] == "device":
+            known[node] = device
         elif node.all_input_nodes and known.keys() >= set(node.all_input_nodes):
             value = _evaluated(graph, node, known)
             if value is not None:
@@ -55,9 +61,15 @@ def compute_constants(graph: fx.GraphModule) -> None:
             graph.graph.erase_node(node)
         elif isinstance(value, int | float | torch.Size):  # but no dtype: it is another where the network is cast
             for reader in list(node.users):
-                inputs = (reader.args, dict(reader.kwargs))
-                reader.args, reader.kwargs = fx.map_arg(inputs, {node: value, **{n: n for n in known}}.get)
+                _inline(reader, node, value)
             graph.graph.erase_node(node)
+
+
+def _inline(reader: fx.Node, node: fx.Node, value: float | torch.Size) -> None:
+    def read(operand: fx.Node) -> Any:
+        return value if operand is node else operand
+
+    reader.args, reader.kwargs = fx.map_arg((reader.args, dict(reader.kwargs)), read)
 
 
 def _widened(value: Any) -> Any:

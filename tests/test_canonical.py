@@ -292,6 +292,7 @@ COMPUTED = {
     "moved twice": lambda m, x: x * m.w.reshape(1, -1, 1, 1) + m.w.reshape(4, 1, 1),
     "in another type": lambda m, x: x * m.w.double().exp().float()[:, None, None],
     "a slice": lambda m, x: x * m.w[2:3] + m.w.unsqueeze(-1)[:, None][1:2],
+    "on the device of the input": lambda m, x: x * torch.kron(m.w, torch.ones(1, device=x.device))[0],
     "its size": lambda m, x: x * m.w.shape[0] + m.w.dim() + len(m.w.view(1, -1)),
     "all of it": lambda m, x: x + torch.kron(m.w.sign(), torch.ones(9))[:9].cumsum(0),
 }
