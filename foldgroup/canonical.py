@@ -78,10 +78,10 @@ def _widened(value: Any) -> Any:
 
 
 def _narrowed(value: Tensor, graph: fx.GraphModule) -> Tensor:
-    """In the network's own dtype if that holds it, as it does a kernel with some of its entries masked."""
+    """In the network's own dtype, if that is short and holds it, as it does a kernel with some entries masked."""
     dtype = next((parameter.dtype for parameter in graph.parameters()), value.dtype)
-    own = value.to(dtype)
-    return own if value.is_floating_point() and torch.equal(own.to(value.dtype), value) else value
+    short = dtype.itemsize < 4 and value.dtype == torch.float32
+    return value.to(dtype) if short and torch.equal(value.to(dtype).float(), value) else value
 
 
 def _evaluated(graph: fx.GraphModule, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
