@@ -177,8 +177,8 @@ class Wrapped(nn.Module):
 def graph_of(inner: nn.Module | Callable[..., Any], dimensions: int = 2) -> fx.GraphModule:
     torch.manual_seed(0)
     leaves = (ChannelShuffle, ChannelSelect, Doubled)
-    if not isinstance(inner, leaves):
-        return trace(alive(Wrapped(inner, dimensions)), (1, 4, *[9] * dimensions))
+    if not isinstance(inner, leaves):  # with what is computed of constants, which tracing would do beforehand
+        return trace(alive(Wrapped(inner, dimensions)), (1, 4, *[9] * dimensions), to_train=True)
     graph = trace(Wrapped(nn.Identity(), dimensions), (1, 4, *[9] * dimensions))
     graph.add_submodule("inner", inner.eval())
     attach_shapes(graph, (1, 4, *[9] * dimensions))

@@ -353,7 +353,7 @@ class Reader(nn.Module):
         self.layer = layer
 
     def forward(self, x):
-        return self.layer(x) + self.layer.weight.sum()
+        return self.layer(x) + (self.layer.weight * x.mean()).sum()
 
 
 def test_a_layer_whose_tensors_are_read_elsewhere_stays():

@@ -143,7 +143,7 @@ class KernelReadDirectly(nn.Module):
         self.first, self.norm = conv(3, 8), nn.BatchNorm2d(8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.first(x)) * self.first.weight.sum()
+        return self.norm(self.first(x)) * (self.first.weight * x.mean()).sum()
 
 
 class TwoReaders(nn.Module):
