@@ -239,7 +239,8 @@ def _conv(kind: type[nn.Conv1d | nn.Conv2d | nn.Conv3d], extents: int) -> _Make:
         short = any(isinstance(v, list | tuple) and len(v) != extents for v in options.values())  # one for all axes
         if axes != extents + 2 or short:
             return None
-        return kind(width * groups, out_channels, tuple(kernel), bias="bias" in tensors, **options)  # type: ignore[arg-type]  # as many as it has axes
+        sizes: Any = tuple(kernel)  # as many as the layer has axes
+        return kind(width * groups, out_channels, sizes, bias="bias" in tensors, **options)
 
     return make
 

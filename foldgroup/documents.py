@@ -1,7 +1,7 @@
 """The files of a bundle that foldgroup reads itself, and the page that people read, from what a compile came to.
 
 The manifest and ``passes.json`` say what was built, from what and how; ``engines.json`` which engines there are;
-``verification.json`` what was measured here. Only the last two hold times or the machine.
+``verification.json`` what was measured here, with the machine and the times.
 """
 
 from __future__ import annotations
@@ -90,11 +90,7 @@ def bundle_files(
             "engines": [entry(engine_files[v], v, engine, networks.model(v)) for v, engine in engines.items()],
             "files": {file: file_entry(data) for file, data in outcome.repository.files.items()},
             "not_served": outcome.repository.left_out,
-            **(
-                {}
-                if engines
-                else {"note": "no target asked for takes one" if job.engine else "left out by --no-engine"}
-            ),
+            **({} if engines else {"note": _why_none(job)}),
         },
         files.VERIFICATION: {
             "float64_max_error": networks.float64_error,
@@ -119,7 +115,8 @@ def bundle_files(
     }
 
 
-def _no_engine(job: Job) -> str:
+def _why_none(job: Job) -> str:
+    """Why there is no engine."""
     return "no target asked for takes one" if job.engine else "left out by --no-engine"
 
 

@@ -52,10 +52,9 @@ class Functional(nn.Module):
         return self.head(x + self.bn2(self.learned(x)) * self.gamma.reshape(1, -1, 1, 1))
 
 
-def functional_network() -> Functional:
+def functional_network() -> nn.Module:
     torch.manual_seed(0)
-    network = filled(Functional())
-    return network
+    return filled(Functional())
 
 
 def test_what_is_written_in_functions_folds_like_what_is_written_in_modules(tmp_path):

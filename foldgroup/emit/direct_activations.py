@@ -59,9 +59,10 @@ def gelu(writer: Writer, node: fx.Node) -> Value:
 
 def clip(writer: Writer, node: fx.Node) -> Value:
     """ReLU6 and Hardtanh."""
-    x, limits = _setting(writer, node, **({"min_val": 0, "max_val": 6} if node.op == "call_module" else {}))
-    bounds = [writer.constant(node, float(at), x.dtype) for at in limits or (0, 6)]
-    return writer.emit(node, "Clip", [x, *bounds])
+    module: Any = called_module(writer.graph, node)
+    x, _ = _setting(writer, node)
+    limits = (0, 6) if module is None else (module.min_val, module.max_val)
+    return writer.emit(node, "Clip", [x, *(writer.constant(node, float(at), x.dtype) for at in limits)])
 
 
 ACTIVATIONS: dict[Any, Operation] = {
