@@ -25,9 +25,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from foldgroup.certificate import Certificate, certify
 from foldgroup.errors import EquivalenceError
+from foldgroup.evaluation import evaluate, evaluate_rounded
 from foldgroup.outputs import flat
 from foldgroup.pipeline import Check
-from foldgroup.trace import called_module, evaluate, evaluate_rounded
+from foldgroup.trace import called_module
 
 Array = npt.NDArray[Any]
 

@@ -18,8 +18,9 @@ from torch import Tensor, fx, nn
 from foldgroup.bundle import GOLDEN, Bundle
 from foldgroup.equivalence import LIMITS, float64_outputs, outputs_error, seeded_inputs
 from foldgroup.errors import BundleError, FoldgroupError, TraceError
+from foldgroup.evaluation import evaluate
 from foldgroup.outputs import flat
-from foldgroup.trace import MODULE_CALLS, evaluate
+from foldgroup.trace import MODULE_CALLS
 
 SEEDED, IMAGES = 2, 4
 

@@ -21,11 +21,11 @@ from foldgroup.equivalence import (
     runtime_layer_errors,
 )
 from foldgroup.errors import EquivalenceError, UnavailableError
+from foldgroup.evaluation import evaluate_rounded
 from foldgroup.golden import Golden
 from foldgroup.outputs import outputs_of
 from foldgroup.run.base import Runner, all_outputs
 from foldgroup.targets import Variant, find_target, make_runner, missing
-from foldgroup.trace import evaluate_rounded
 
 Array = npt.NDArray[Any]
 

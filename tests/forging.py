@@ -9,8 +9,9 @@ from torch import fx, nn
 from foldgroup.certificate import certify
 from foldgroup.channel_order import ChannelOrder
 from foldgroup.equivalence import seeded_inputs
+from foldgroup.evaluation import evaluate
 from foldgroup.pipeline import Pass, PassResult, Stage
-from foldgroup.trace import evaluate, fork, trace
+from foldgroup.trace import fork, trace
 
 SHAPE = (2, 3, 5, 5)
 CYCLE = ChannelOrder((1, 2, 3, 0, 5, 6, 7, 4))

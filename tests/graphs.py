@@ -16,12 +16,13 @@ from torch.nn import functional
 
 from foldgroup.certificate import certify
 from foldgroup.equivalence import seeded_inputs
+from foldgroup.evaluation import evaluate
 from foldgroup.forms import ChannelShuffle
 from foldgroup.nn import DGConv1d, DGConv2d, DGConv3d
 from foldgroup.nn.dgconv import DGConv
 from foldgroup.outputs import flat
 from foldgroup.pipeline import Pass, PassRecord, Pipeline, PipelineResult, dump
-from foldgroup.trace import called_module, evaluate, trace
+from foldgroup.trace import called_module, trace
 from passes import default_pipeline
 
 PASSES = [step.name for step in default_pipeline().passes]

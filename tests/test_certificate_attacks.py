@@ -22,8 +22,9 @@ from torch.nn import functional
 from foldgroup.certificate import certify
 from foldgroup.channel_order import ChannelOrder
 from foldgroup.equivalence import seeded_inputs
+from foldgroup.evaluation import evaluate
 from foldgroup.forms import ChannelSelect, ChannelShuffle, MaskedConv2d, conv_like, with_tensors
-from foldgroup.trace import attach_shapes, evaluate, fork, trace
+from foldgroup.trace import attach_shapes, fork, trace
 from passes.absorb_shuffles import reordered
 from passes.fold_batchnorm import fold
 

@@ -28,8 +28,9 @@ from foldgroup.equivalence import (
     seeded_inputs,
 )
 from foldgroup.errors import EquivalenceError
+from foldgroup.evaluation import evaluate
 from foldgroup.forms import with_tensors
-from foldgroup.trace import evaluate, fork, trace
+from foldgroup.trace import fork, trace
 from passes import default_pipeline
 
 SHAPE = (2, 3, SIZE, SIZE)

@@ -8,7 +8,8 @@ from graphs import relative_error
 from bench import zoo
 from foldgroup.certificate import certify
 from foldgroup.equivalence import seeded_inputs
-from foldgroup.trace import evaluate, trace
+from foldgroup.evaluation import evaluate
+from foldgroup.trace import trace
 from passes import default_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -37,9 +37,10 @@ from torch import fx, nn
 from foldgroup.certificate import certify
 from foldgroup.equivalence import FLOAT64_LIMIT, pass_check, seeded_inputs
 from foldgroup.errors import EquivalenceError, PassError
+from foldgroup.evaluation import evaluate
 from foldgroup.forms import MaskedConv2d, with_tensors
 from foldgroup.pipeline import Note, PassResult, Pipeline, Stage, dump, fingerprint, first_difference
-from foldgroup.trace import called_module, evaluate, fork, trace
+from foldgroup.trace import called_module, fork, trace
 from passes import default_pipeline
 
 GOLDEN = Path(__file__).parent / "golden"

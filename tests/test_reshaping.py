@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from foldgroup.channel_order import ChannelOrder
 from foldgroup.equivalence import seeded_inputs
+from foldgroup.evaluation import evaluate
 from foldgroup.reshaping import shuffle_at
-from foldgroup.trace import evaluate, trace
+from foldgroup.trace import trace
 
 Layer = nn.Module | Callable[[Tensor], Tensor]
 IMAGE, SIGNAL, VECTOR = (2, 12, 3, 4), (2, 12, 5), (2, 12)

@@ -16,9 +16,10 @@ from torch.nn import functional
 from torch.nn.modules.utils import _pair
 
 from foldgroup.errors import TraceError
+from foldgroup.evaluation import evaluate
 from foldgroup.nn import DGConv2d, g_resnext17_cifar
 from foldgroup.outputs import flat
-from foldgroup.trace import attach_shapes, called_module, evaluate, fork, is_no_op, shape_of, trace
+from foldgroup.trace import attach_shapes, called_module, fork, is_no_op, shape_of, trace
 from foldgroup.untraceable import why
 
 SHAPE = (2, 3, 5, 5)

@@ -20,9 +20,10 @@ from foldgroup.emit import direct
 from foldgroup.emit.onnx import export_onnx, stored_weights_match
 from foldgroup.emit.onnx_graph import Unfamiliar
 from foldgroup.emit.precision import typed
+from foldgroup.evaluation import evaluate
 from foldgroup.forms import ChannelSelect, ChannelShuffle
 from foldgroup.run import OnnxRuntimeRunner
-from foldgroup.trace import attach_shapes, evaluate, fork, trace
+from foldgroup.trace import attach_shapes, fork, trace
 from passes import default_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")

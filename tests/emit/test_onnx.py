@@ -13,9 +13,10 @@ from foldgroup.emit.onnx import export_onnx, intermediate_outputs, stored_weight
 from foldgroup.emit.rewrite import densify
 from foldgroup.equivalence import runtime_layer_errors
 from foldgroup.errors import EmitError, EquivalenceError
+from foldgroup.evaluation import evaluate
 from foldgroup.forms import ChannelShuffle
 from foldgroup.run import OnnxRuntimeRunner
-from foldgroup.trace import called_module, evaluate, fork, trace
+from foldgroup.trace import called_module, fork, trace
 
 
 class Small(nn.Module):

@@ -13,9 +13,10 @@ from torch import fx, nn
 from foldgroup.emit.onnx import OPSET, OPSET_BF16, export_onnx, stored_weights_match
 from foldgroup.emit.precision import layers_named, typed
 from foldgroup.errors import EmitError, EquivalenceError
+from foldgroup.evaluation import evaluate
 from foldgroup.forms import with_tensors
 from foldgroup.run import OnnxRuntimeRunner
-from foldgroup.trace import evaluate, fork, trace
+from foldgroup.trace import fork, trace
 from passes import default_pipeline
 
 SHAPE = (2, 3, SIZE, SIZE)

@@ -15,11 +15,12 @@ from torch import fx, nn
 
 from foldgroup.certificate import certify
 from foldgroup.equivalence import seeded_inputs
+from foldgroup.evaluation import evaluate
 from foldgroup.forms import ChannelSelect, MaskedConv
 from foldgroup.mask_forms import Geometry, Part, forms
 from foldgroup.masks import components
 from foldgroup.pipeline import Pipeline, dump
-from foldgroup.trace import called_module, evaluate, shape_of, trace
+from foldgroup.trace import called_module, shape_of, trace
 from passes.decode_gates import DecodeGates
 from passes.find_groups import FindGroups, part_of
 from passes.fold_groups import FoldGroups

@@ -15,9 +15,10 @@ from torch.nn.utils import prune
 
 from foldgroup import dialects
 from foldgroup.errors import CheckpointError
+from foldgroup.evaluation import evaluate
 from foldgroup.nn.condense import CondensedConv2d, CondensedLinear
 from foldgroup.readers import readers, translate
-from foldgroup.trace import evaluate, trace
+from foldgroup.trace import trace
 from passes.find_groups import FindGroups
 
 EYE, ONES = torch.eye(2), torch.ones(2, 2)

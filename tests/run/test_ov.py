@@ -16,9 +16,10 @@ from foldgroup.emit.onnx import export_onnx
 from foldgroup.emit.precision import typed
 from foldgroup.emit.quantize import Quantizer
 from foldgroup.errors import RunnerError
+from foldgroup.evaluation import evaluate
 from foldgroup.run import OpenVinoRunner
 from foldgroup.run.ov import intermediate
-from foldgroup.trace import evaluate, trace
+from foldgroup.trace import trace
 
 ov = pytest.importorskip("openvino")
 
