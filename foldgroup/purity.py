@@ -104,15 +104,15 @@ def _other_reader(graph: fx.GraphModule, value: fx.Node, reader: fx.Node) -> str
     """Who but ``reader`` reads ``value`` or something that ``value`` may be a view of."""
     if value.op == "get_attr":
         return "the next call reads"
-    others = [user.name for user in value.users if user is not reader and not _asks(user)]
+    others = [user.name for user in value.users if user is not reader and not asks(user)]
     if others or _is_new(graph, value):
         return f"{others[0]} reads" if others else None
     operands = overwritten(graph, value) or value.all_input_nodes  # an in-place operation returns what it overwrote
     return next((found for operand in operands if (found := _other_reader(graph, operand, value)) is not None), None)
 
 
-def _asks(node: fx.Node) -> bool:
-    """Whether a node reads none of its operand's values."""
+def asks(node: fx.Node) -> bool:
+    """Whether a node asks about a tensor, and reads none of its values."""
     attribute = node.op == "call_function" and node.target is getattr and node.args[1] in _ABOUT
     return attribute or (node.op == "call_method" and node.target in ASKING)
 

@@ -1,0 +1,396 @@
+"""Where values lie, in ONNX, for :mod:`foldgroup.emit.direct`: shapes, orders, parts, padding, sizes. No arithmetic.
+
+The batch is the first axis of every value and stays there, whole: what moves, cuts or divides it is left to torch.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from math import prod
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from foldgroup.emit.direct.graph import Operation, Shape, Unfamiliar, Value, Writer, onnx_types
+from foldgroup.emit.direct.sizes import BATCH
+from foldgroup.forms import ChannelSelect, ChannelShuffle
+from foldgroup.trace import called_module, shape_of
+
+
+def reshaped(writer: Writer, node: fx.Node, x: Value, rest: Shape, *, last: bool = True) -> Value:
+    """``x`` as [N, *rest]."""
+    if x.shape[1:] == rest:
+        return x
+    if prod(rest) != prod(x.shape[1:]) or not prod(rest):
+        raise Unfamiliar(f"{node.name} makes {list(rest)} of {list(x.shape[1:])} for each image")
+    size = writer.constant(node, (writer.batch, *rest))
+    return writer.emit(node, "Reshape", [x, size], shape=(x.shape[0], *rest), last=last, allowzero=1)
+
+
+def transposed(writer: Writer, node: fx.Node, x: Value, order: Sequence[int], *, last: bool = True) -> Value:
+    """The axes of ``x`` in another ``order``, which the batch comes first in."""
+    if order[0] != 0:
+        raise Unfamiliar(f"{node.name} moves the batch")
+    if list(order) == list(range(len(order))):
+        return x
+    shape = tuple(x.shape[axis] for axis in order)
+    return writer.emit(node, "Transpose", [x], shape=shape, last=last, perm=list(order))
+
+
+def padded(
+    writer: Writer,
+    node: fx.Node,
+    x: Value,
+    pads: Sequence[tuple[int, int]],
+    mode: str,
+    value: float = 0.0,
+    **how: Any,
+) -> Value:
+    """``x`` with ``pads`` before and after each of its last axes."""
+    modes = {"constant": "constant", "zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+    if mode not in modes or len(pads) >= len(x.shape) or any(not _whole(n) or n < 0 for both in pads for n in both):
+        raise Unfamiliar(f"{node.name} pads with {mode} by {pads}")
+    every = [(0, 0)] * (len(x.shape) - len(pads)) + list(pads)
+    shape = tuple(size + sum(both) for size, both in zip(x.shape, every, strict=True))
+    amounts = writer.constant(node, (*(a for a, _ in every), *(b for _, b in every)))
+    filling = [writer.constant(node, float(value), x.dtype)] if modes[mode] == "constant" else []
+    return writer.emit(node, "Pad", [x, amounts, *filling], shape=shape, mode=modes[mode], **how)
+
+
+def _whole(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
+
+
+def _axis(node: fx.Node, dim: Any, axes: int) -> int:
+    """The number of an axis that is not the batch."""
+    if not _whole(dim) or dim % axes == 0:
+        raise Unfamiliar(f"{node.name} works along axis {dim}")
+    return int(dim % axes)
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------------
+
+
+def flatten(writer: Writer, node: fx.Node) -> Value:
+    """Several axes as one."""
+    x, (start, _) = writer.setting(node, start_dim=0, end_dim=-1)
+    _axis(node, start, len(x.shape))
+    return reshaped(writer, node, x, shape_of(node)[1:])
+
+
+def view(writer: Writer, node: fx.Node) -> Value:
+    """Any shape that begins with the batch."""
+    given, *sizes = writer.resolved(node.args)
+    x = writer.computed(node, given)
+    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
+        sizes = list(sizes[0])
+    numbers = all(map(_whole, sizes[1:])) and not node.kwargs
+    if not sizes or not numbers or not (sizes[0] == BATCH or (_whole(sizes[0]) and sizes[0] in (-1, writer.batch))):
+        raise Unfamiliar(f"{node.name} is a view as {sizes}")
+    return reshaped(writer, node, x, shape_of(node)[1:])
+
+
+def _of_axes(added: int = 0) -> Operation:
+    """What splits or removes axes or adds so many."""
+
+    def write(writer: Writer, node: fx.Node) -> Value:
+        x, (dim, _) = writer.setting(node, dim=None, sizes=None)
+        for one in dim if isinstance(dim, tuple | list) else [dim]:
+            _axis(node, one, len(x.shape) + added)
+        return reshaped(writer, node, x, shape_of(node)[1:])
+
+    return write
+
+
+# ---- orders ------------------------------------------------------------------------------------------------------
+
+
+def permute(writer: Writer, node: fx.Node) -> Value:
+    """All axes in another order."""
+    given, *dims = writer.resolved(node.args)
+    x = writer.computed(node, given)
+    if len(dims) == 1 and isinstance(dims[0], tuple | list):
+        dims = list(dims[0])
+    if node.kwargs or len(dims) != len(x.shape) or not all(map(_whole, dims)):
+        raise Unfamiliar(f"{node.name} is a permutation by {dims}")
+    return transposed(writer, node, x, [dim % len(dims) for dim in dims])
+
+
+def transpose(writer: Writer, node: fx.Node) -> Value:
+    """Two axes in each other's place."""
+    given, a, b = writer.arguments(node, "input", "dim0", "dim1")
+    x = writer.computed(node, given)
+    order = list(range(len(x.shape)))
+    a, b = (_axis(node, dim, len(order)) for dim in (a, b))
+    order[a], order[b] = b, a
+    return transposed(writer, node, x, order)
+
+
+def shuffle(writer: Writer, node: fx.Node) -> Value:
+    """A channel order, in digits or by an index."""
+    module = called_module(writer.graph, node)
+    assert isinstance(module, ChannelShuffle)
+    x, dim, digits = writer.only(node), module.dim, module.digits
+    if not 0 < dim < len(x.shape):
+        raise Unfamiliar(f"{node.target} reorders axis {dim}")
+    if digits is None:
+        return _gather(writer, node, x, module.index, dim)
+    count = len(digits.axes)
+    if count == 0:  # one channel
+        return x
+    parts = reshaped(writer, node, x, (*x.shape[1:dim], *digits.radices, *x.shape[dim + 1 :]), last=False)
+    order = (*range(dim), *(dim + axis for axis in digits.axes), *range(dim + count, len(parts.shape)))
+    return reshaped(writer, node, transposed(writer, node, parts, order, last=False), x.shape[1:])
+
+
+def select(writer: Writer, node: fx.Node) -> Value:
+    """Channels by an index."""
+    module = called_module(writer.graph, node)
+    assert isinstance(module, ChannelSelect)
+    return _gather(writer, node, writer.only(node), module.index, 1)
+
+
+def _gather(writer: Writer, node: fx.Node, x: Value, index: Tensor | None, dim: int) -> Value:
+    assert index is not None
+    shape = (*x.shape[:dim], len(index), *x.shape[dim + 1 :])
+    return writer.emit(node, "Gather", [x, writer.store(f"{node.target}.index", index)], shape=shape, axis=dim)
+
+
+# ---- parts -------------------------------------------------------------------------------------------------------
+
+
+def _splitting(first: str, how: str) -> Operation:
+    """What cuts an axis into several tensors; its operand and the number or sizes of these are called so."""
+
+    def write(writer: Writer, node: fx.Node) -> tuple[Value, ...]:
+        given, sizes, dim = writer.arguments(node, first, how, dim=0)
+        x = writer.computed(node, given)
+        axis = _axis(node, dim, len(x.shape))
+        if not all(map(_whole, sizes if isinstance(sizes, tuple | list) else [sizes])):
+            raise Unfamiliar(f"{node.name} splits by {sizes}")
+        places = torch.arange(x.shape[axis])
+        pieces: Any = torch.chunk(places, sizes) if how == "chunks" else torch.split(places, sizes)
+        counts = tuple(len(piece) for piece in pieces)
+        shapes = [(*x.shape[:axis], count, *x.shape[axis + 1 :]) for count in counts]
+        return writer.emit_parts(node, "Split", [x, writer.constant(node, counts)], shapes, axis=axis)
+
+    return write
+
+
+def item(writer: Writer, node: fx.Node) -> Value:
+    """One of several tensors, or what an index of slices and numbers says, which leaves the batch alone."""
+    of, index = writer.resolved(node.args)
+    parts = writer.parts(of)
+    if parts and _whole(index):
+        return parts[int(index)]
+    x = writer.computed(node, of)
+    entries = list(index) if isinstance(index, tuple) else [index]
+    rest = len(x.shape) - sum(entry is not None and entry is not ... for entry in entries)
+    at = next((i for i, entry in enumerate(entries) if entry is ...), None)
+    every = [slice(None)] * rest
+    entries = entries + every if at is None else entries[:at] + every + entries[at + 1 :]
+    if entries[0] != slice(None):
+        raise Unfamiliar(f"{node.name} takes {index} of {x.name}")
+    cuts, sizes = {}, iter(enumerate(x.shape))
+    for entry in (entry for entry in entries if entry is not None):
+        axis, size = next(sizes)
+        if _whole(entry):
+            entry = slice(entry % size, entry % size + 1)
+        elif not isinstance(entry, slice) or any(
+            n is not None and not _whole(n) for n in (entry.start, entry.stop, entry.step)
+        ):
+            raise Unfamiliar(f"{node.name} takes {index} of {x.name}")
+        if entry.indices(size) != (0, size, 1):
+            cuts[axis] = entry.indices(size)
+    return _cut(writer, node, x, cuts)
+
+
+def narrow(writer: Writer, node: fx.Node) -> Value:
+    """So many places of an axis, from one on."""
+    given, dim, start, length = writer.arguments(node, "input", "dim", "start", "length")
+    x = writer.computed(node, given)
+    axis = _axis(node, dim, len(x.shape))
+    if not _whole(start) or not _whole(length):
+        raise Unfamiliar(f"{node.name} takes {length} of {x.name}")
+    start %= x.shape[axis]
+    return _cut(writer, node, x, {axis: (start, start + length, 1)})
+
+
+def _cut(writer: Writer, node: fx.Node, x: Value, cuts: dict[int, tuple[int, int, int]]) -> Value:
+    """From, to and step along axes; then the shape of ``node``."""
+    rest = shape_of(node)[1:]
+    if cuts:
+        shape = tuple(len(range(*cuts[i])) if i in cuts else size for i, size in enumerate(x.shape))
+        starts, ends, steps = zip(*cuts.values(), strict=True)
+        operands = [writer.constant(node, numbers) for numbers in (starts, ends, tuple(cuts), steps)]
+        x = writer.emit(node, "Slice", [x, *operands], shape=shape, last=shape[1:] == rest)
+    return reshaped(writer, node, x, rest)
+
+
+def concatenate(writer: Writer, node: fx.Node) -> Value:
+    """Along any axis but the batch."""
+    given, dim = writer.arguments(node, "tensors", dim=0)
+    values = [writer.computed(node, one) for one in given] if isinstance(given, tuple | list) else []
+    axes = len(shape_of(node))
+    if not values or any(len(value.shape) != axes for value in values):
+        raise Unfamiliar(f"{node.name} concatenates {given}")
+    _axis(node, dim, axes)
+    return writer.emit(node, "Concat", writer.operands(node, given), axis=dim)
+
+
+def stack(writer: Writer, node: fx.Node) -> Value:
+    """Along a new axis."""
+    given, dim = writer.arguments(node, "tensors", dim=0)
+    values = [writer.computed(node, one) for one in given] if isinstance(given, tuple | list) else []
+    writer.operands(node, given)
+    axis = _axis(node, dim, len(shape_of(node)))
+    slices = [reshaped(writer, node, x, (*x.shape[1:axis], 1, *x.shape[axis:]), last=False) for x in values]
+    return writer.emit(node, "Concat", slices, axis=axis)
+
+
+# ---- padding and sizes -------------------------------------------------------------------------------------------
+
+
+_PADDINGS = {"Zero": "constant", "Constant": "constant", "Reflection": "reflect", "Replication": "replicate"}
+_PADDINGS |= {"Circular": "circular"}
+
+
+def pad(writer: Writer, node: fx.Node) -> Value:
+    """Zeros, a number, what lies at the edge, the mirror image or the other end, around the last axes."""
+    module: Any = called_module(writer.graph, node)
+    if module is not None:
+        mode = _PADDINGS[type(module).__name__[: -len("Pad2d")]]
+        x, (amounts, value) = writer.setting(node, padding=(), value=0.0)
+    else:
+        x, (amounts, mode, value) = writer.setting(node, pad=(), mode="constant", value=None)
+    if not isinstance(amounts, tuple | list) or len(amounts) % 2:
+        raise Unfamiliar(f"{node.name} pads by {amounts}")
+    both = [*zip(amounts[::2], amounts[1::2], strict=True)][::-1]  # torch begins with the last axis
+    return padded(writer, node, x, both, mode, value or 0.0)
+
+
+def interpolate(writer: Writer, node: fx.Node) -> Value:
+    """To another size: nearest by whole factors, where rounding cannot matter, or linear or cubic by any.
+
+    The scales are those that torch computes with. ONNX takes for size what is left of size times scale, rounded down.
+    """
+    x, (_, factor, mode, corners, again, smooth) = writer.setting(node, **_INTERPOLATION)
+    sizes, results = np.array(x.shape[2:]), np.array(shape_of(node)[2:])
+    if factor is None or again:
+        scales = (results / sizes).astype(np.float32)
+        scales = np.where(scales * sizes.astype(float) < results, np.nextafter(scales, np.float32(np.inf)), scales)
+    else:
+        scales = np.array(factor if isinstance(factor, tuple | list) else [factor] * len(sizes), np.float32)
+    how: dict[str, Any] = {"mode": _MODES.get(mode), "coordinate_transformation_mode": "pytorch_half_pixel"}
+    if mode == "nearest":
+        how |= {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    elif corners:
+        how["coordinate_transformation_mode"] = "align_corners"
+    if mode == "bicubic":
+        how["cubic_coeff_a"] = -0.75
+    exact = all(np.array_equal(np.floor(sizes.astype(kind) * scales), results) for kind in (np.float32, np.float64))
+    if (
+        how["mode"] is None
+        or smooth
+        or not exact
+        or 1 in results
+        or (mode == "nearest" and not all(map(_even, scales)))
+    ):
+        raise Unfamiliar(f"{node.name} resizes {x.shape[2:]} to {shape_of(node)[2:]} by {mode}")
+    by = writer.constant(node, (1.0, 1.0, *map(float, scales)), torch.float32)
+    return writer.emit(node, "Resize", [x, None, by], **how)
+
+
+def _even(scale: float) -> bool:
+    """Whether x / scale is exact for every whole x that matters: a whole number, or one over a power of two."""
+    return float(scale).is_integer() or math.log2(scale).is_integer()
+
+
+_INTERPOLATION: dict[str, Any] = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None}
+_INTERPOLATION |= {"recompute_scale_factor": None, "antialias": False}
+_MODES = {"nearest": "nearest", "linear": "linear", "bilinear": "linear", "trilinear": "linear", "bicubic": "cubic"}
+
+
+def pixel_shuffle(writer: Writer, node: fx.Node) -> Value:
+    """[N, C·r², H, W] → [N, C, H·r, W·r]."""
+    x, (factor,) = writer.setting(node, upscale_factor=None)
+    if len(x.shape) != 4 or not _whole(factor):
+        raise Unfamiliar(f"{node.name} is applied to {len(x.shape)} axes")
+    return writer.emit(node, "DepthToSpace", [x], blocksize=int(factor), mode="CRD")
+
+
+def nothing(writer: Writer, node: fx.Node) -> Value:
+    """What returns its operand in evaluation mode, which :mod:`foldgroup.purity` sees to."""
+    return writer.only(node)
+
+
+def _dropping(*names: str) -> Operation:
+    """A dropout that is called as a function, with arguments of these names of which the last says whether it is on."""
+
+    def write(writer: Writer, node: fx.Node) -> Value:
+        x, settings = writer.setting(node, **dict.fromkeys(names, True))
+        if settings[-1] is not False:
+            raise Unfamiliar(f"{node.name} drops values")
+        return x
+
+    return write
+
+
+def cast(writer: Writer, node: fx.Node) -> Value:
+    """To another type of floating point: ``x.to(dtype)``, as in :func:`foldgroup.emit.precision.typed`."""
+    given, dtype = writer.arguments(node, "input", "dtype")
+    return _cast(writer, node, writer.computed(node, given), dtype)
+
+
+def _cast(writer: Writer, node: fx.Node, x: Value, dtype: Any) -> Value:
+    if dtype == x.dtype:
+        return x
+    if dtype not in onnx_types():
+        raise Unfamiliar(f"{node.name} is a cast to {dtype}")
+    return writer.emit(node, "Cast", [x], dtype=dtype, to=onnx_types()[dtype])
+
+
+def _cast_to(dtype: torch.dtype) -> Operation:
+    def write(writer: Writer, node: fx.Node) -> Value:
+        return _cast(writer, node, writer.only(node), dtype)
+
+    return write
+
+
+LAYOUT: dict[Any, Operation] = {
+    **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), nothing),
+    **dict.fromkeys(("contiguous", "detach", "clone", torch.clone), nothing),
+    **dict.fromkeys((functional.dropout, functional.dropout2d, functional.dropout3d), _dropping("p", "training")),
+    torch.dropout: _dropping("p", "train"),
+    torchvision.ops.stochastic_depth: _dropping("p", "mode", "training"),
+    **dict.fromkeys((nn.Flatten, torch.flatten, "flatten"), flatten),
+    **dict.fromkeys(("view", "reshape", torch.reshape), view),
+    **dict.fromkeys((nn.Unflatten, torch.unflatten, "unflatten", torch.squeeze, "squeeze"), _of_axes()),
+    **dict.fromkeys((torch.unsqueeze, "unsqueeze"), _of_axes(1)),
+    **dict.fromkeys((torch.permute, "permute"), permute),
+    **dict.fromkeys((torch.transpose, torch.swapaxes, "transpose", "swapaxes"), transpose),
+    ChannelShuffle: shuffle,
+    ChannelSelect: select,
+    torch.chunk: _splitting("input", "chunks"),
+    "chunk": _splitting("input", "chunks"),
+    torch.split: _splitting("tensor", "split_size_or_sections"),
+    "split": _splitting("input", "split_size"),
+    operator.getitem: item,
+    **dict.fromkeys((torch.narrow, "narrow"), narrow),
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenate),
+    torch.stack: stack,
+    **{getattr(nn, f"{kind}Pad{n}d"): pad for kind in _PADDINGS for n in (1, 2, 3)},
+    functional.pad: pad,
+    **dict.fromkeys((nn.Upsample, functional.interpolate), interpolate),
+    **dict.fromkeys((nn.PixelShuffle, functional.pixel_shuffle), pixel_shuffle),
+    "to": cast,
+    "float": _cast_to(torch.float32),
+}
+"""By exact class, function or method."""
