@@ -329,6 +329,12 @@ IN_OTHER_NODES: dict[str, tuple[nn.Module | Callable[..., Any], int]] = {
         nn.Sequential(nn.MaxPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(2, ceil_mode=True)),
         2,
     ),
+    "rounded up": (
+        nn.Sequential(nn.MaxPool2d((3, 2), 2, (1, 0), ceil_mode=True), nn.AvgPool2d(2, ceil_mode=True)),
+        2,
+    ),
+    "rounded up, without padding": (nn.AvgPool2d(4, 3, 1, ceil_mode=True, count_include_pad=False), 2),
+    "rounded up by dilation": (nn.MaxPool1d(3, 4, 1, dilation=3, ceil_mode=True), 1),
     "over axes": (lambda x, _: (x.sum((2, 3)), torch.amax(x, -1, keepdim=True), x.amin(1), x.norm(dim=1)), 2),
     "views": (
         lambda x, _: (x.view(x.size(0), 2, 4, 9, 9).sigmoid(), x.reshape(-1, 8, 81).relu(), x.flatten(2).tanh()),
@@ -510,9 +516,9 @@ def hooked() -> nn.Module:
 
 
 MISSES: dict[str, tuple[nn.Module | Callable[..., Any], str]] = {
-    "ceil_mode": (nn.MaxPool2d(2, ceil_mode=True), "rounds up"),
+    "rounded up far": (nn.MaxPool2d(2, 4, dilation=3, ceil_mode=True), "rounds up by a kernel or more"),
     "divisor": (nn.AvgPool2d(2, divisor_override=3), "divides by something else"),
-    "average rounded up": (nn.AvgPool2d(2, ceil_mode=True), "rounds up"),
+    "average rounded up, with padding": (nn.AvgPool2d(4, 3, 1, ceil_mode=True), "divides by something else"),
     "indices": (lambda x, _: functional.max_pool2d(x, 2, return_indices=True)[0], "max_pool2d_with_indices"),
     "subclass": (Doubled(8, 8, 1), "Doubled"),
     "hooks": (hooked(), "hooks"),
@@ -597,7 +603,7 @@ def test_a_near_miss_is_left_to_torch(name: str) -> None:
 
 
 def test_what_is_left_to_torch_is_exported() -> None:
-    graph = graph_of(nn.MaxPool2d(2, ceil_mode=True))
+    graph = graph_of(nn.AdaptiveAvgPool2d(4))
     model = export_onnx(graph, SHAPE)
     assert not is_direct(model)
     inputs = torch.randn(2, *SHAPE[1:])

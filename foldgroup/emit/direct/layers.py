@@ -13,7 +13,7 @@ from foldgroup.emit.direct.arithmetic import mean_over
 from foldgroup.emit.direct.graph import Operation, Unfamiliar, Value, Writer
 from foldgroup.emit.direct.layout import padded, reshaped
 from foldgroup.forms import CONVS, TRANSPOSED_CONVS
-from foldgroup.trace import called_module
+from foldgroup.trace import called_module, shape_of
 
 # ---- weights -----------------------------------------------------------------------------------------------------
 
@@ -142,27 +142,31 @@ def _instance_norm(writer: Writer, node: fx.Node, x: Value, weights: list[Value]
 
 
 def max_pool(writer: Writer, node: fx.Node) -> Value:
-    """The greatest of every window that lies inside."""
+    """The greatest of every window."""
     x, (kernel, stride, padding, dilation, up, indices) = writer.setting(
         node, kernel_size=None, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False
     )
     axes = _positions(writer, node, x)
     window = _window(padding, kernel if stride is None else stride, kernel, axes) | {"dilations": _each(dilation, axes)}
-    if indices or (up and not _fits(x, window)):
-        raise Unfamiliar(f"{node.name} rounds up or returns indices")
+    if indices:
+        raise Unfamiliar(f"{node.name} returns indices")
+    if up:
+        window |= _rounded_up(node, x, window)
     return writer.emit(node, "MaxPool", [x], ceil_mode=0, storage_order=0, **window)
 
 
 def average_pool(writer: Writer, node: fx.Node) -> Value:
-    """The mean of every window that lies inside, with the padding or without."""
+    """The mean of every window, with the padding or without, but always without what rounding up has added."""
     x, (kernel, stride, padding, up, count, divisor) = writer.setting(
         node, kernel_size=None, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
     )
     axes = _positions(writer, node, x)
     window = _window(padding, kernel if stride is None else stride, kernel, axes)
-    if divisor is not None or (up and not _fits(x, window)):
-        raise Unfamiliar(f"{node.name} rounds up or divides by something else")
-    return writer.emit(node, "AveragePool", [x], ceil_mode=0, count_include_pad=int(count), **window)
+    more = _rounded_up(node, x, window) if up else {}
+    if divisor is not None or (more and count and any(window["pads"])):
+        raise Unfamiliar(f"{node.name} divides by something else")
+    count = bool(count) and not more
+    return writer.emit(node, "AveragePool", [x], ceil_mode=0, count_include_pad=int(count), **window | more)
 
 
 def adaptive_average_pool(writer: Writer, node: fx.Node) -> Value:
@@ -190,16 +194,23 @@ def _positions(writer: Writer, node: fx.Node, x: Value) -> int:
     return axes
 
 
-def _fits(x: Value, window: dict[str, Any]) -> bool:
-    """Whether windows cover ``x`` exactly, so that it makes no difference which way their number is rounded."""
-    half = len(window["pads"]) // 2
-    kernels, strides, dilations = window["kernel_shape"], window["strides"], window.get("dilations", [1] * half)
-    return not any(
-        (size + 2 * pad - dilation * (kernel - 1) - 1) % stride
-        for size, pad, dilation, kernel, stride in zip(
-            x.shape[2:], window["pads"][:half], dilations, kernels, strides, strict=True
+def _rounded_up(node: fx.Node, x: Value, window: dict[str, Any]) -> dict[str, Any]:
+    """Padding at the end for the windows that begin in ``x`` and end behind it; empty if there are none.
+
+    Runtimes differ in the number of windows that ONNX's own attribute for this gives.
+    """
+    axes = len(window["strides"])
+    reach = [d * (k - 1) + 1 for d, k in zip(window.get("dilations", [1] * axes), window["kernel_shape"], strict=True)]
+    begin, counts = window["pads"][:axes], shape_of(node)[2:]
+    ends = [
+        max((count - 1) * stride + extent - size - before, pad)
+        for count, stride, extent, size, before, pad in zip(
+            counts, window["strides"], reach, x.shape[2:], begin, window["pads"][axes:], strict=True
         )
-    )
+    ]
+    if any(end >= kernel for end, kernel in zip(ends, window["kernel_shape"], strict=True)):
+        raise Unfamiliar(f"{node.name} rounds up by a kernel or more")
+    return {"pads": [*begin, *ends]} if ends != window["pads"][axes:] else {}
 
 
 def _each(given: Any, axes: int) -> list[int]:
