@@ -187,6 +187,21 @@ def graph_of(inner: nn.Module | Callable[..., Any], dimensions: int = 2) -> fx.G
     return graph
 
 
+def windows(x: Tensor, _: Tensor) -> Tensor:
+    """What is attended to in windows of 3 × 3."""
+    count, channels, height, width = x.shape
+    x = x.permute(0, 2, 3, 1).view(count, height // 3, 3, width // 3, 3, channels).transpose(2, 3)
+    x = x.contiguous().view(-1, 9, channels)
+    x = torch.softmax(x @ x.transpose(1, 2), -1) @ x
+    images = x.shape[0] // (height * width // 9)
+    x = x.view(images, height // 3, width // 3, 3, 3, -1).transpose(2, 3).reshape(images, height, width, channels)
+    return x.permute(0, 3, 1, 2)
+
+
+def attended(x: Tensor, mask: Tensor) -> Tensor:
+    return functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+
 def differences_in_place(x: Tensor, scale: Tensor) -> Tensor:
     x -= scale
     x /= scale
@@ -373,6 +388,17 @@ IN_OTHER_NODES: dict[str, tuple[nn.Module | Callable[..., Any], int]] = {
     "exponential": (nn.Sequential(nn.ELU(0.5), nn.Softplus()), 2),
     "exponential functions": (lambda x, _: functional.softplus(functional.elu(x)), 2),
     "clipped": (lambda x, _: functional.hardtanh(torch.clamp(x.tanh().clamp(min=-0.5), -1.0, 0.5), max_val=0.25), 2),
+    "rows": (
+        lambda x, _: (x.flatten(0, 1).tanh(), x.view(2 * x.size(0), 4, 9, 9).relu(), x.reshape(-1, 9, 9).abs()),
+        2,
+    ),
+    "windows": (windows, 2),
+    "attention": (
+        lambda x, _: functional.scaled_dot_product_attention(x, x, x * x) - attended(x, x.mean(1, keepdim=True)),
+        2,
+    ),
+    "attention with a bias": (lambda x, s: functional.scaled_dot_product_attention(x, x, x, s), 2),
+    "einsum": (lambda x, _: torch.einsum("N C H W, N C V W -> N C H V", x, x.relu()), 2),
     "copied": (lambda x, _: torch.clone(x).relu(), 2),
 }
 """What is written in other nodes, which compute the same."""
@@ -411,11 +437,19 @@ def test_what_is_written_in_other_nodes_computes_the_same(name: str) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
 
 
-def test_clamps_that_torch_refuses_are_written() -> None:
-    graph = graph_of(lambda x, _: x.clamp(-1, 0.5).clamp(min=-0.5))
-    assert_computes(graph, export_onnx(graph, SHAPE), SHAPE)
+REFUSED: dict[str, tuple[Callable[..., Any], int]] = {
+    "clamps": (lambda x, _: x.clamp(-1, 0.5).clamp(min=-0.5), 2),
+    "attention of signals": (lambda x, _: functional.scaled_dot_product_attention(x, x, x, scale=0.5), 1),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_torch_refuses_may_be_written(name: str) -> None:
+    inner, dimensions = REFUSED[name]
+    graph, shape = graph_of(inner, dimensions), (1, 4, *[9] * dimensions)
+    assert_computes(graph, export_onnx(graph, shape), shape)
     with pytest.raises(EmitError):
-        by_torch(graph, SHAPE)
+        by_torch(graph, shape)
 
 
 @pytest.mark.parametrize("name", ["global", "digits", "index"])
@@ -526,7 +560,6 @@ MISSES: dict[str, tuple[nn.Module | Callable[..., Any], str]] = {
     "softsign": (nn.Softsign(), "Softsign"),
     "sharper": (nn.Softplus(beta=2), "is sharper"),
     "other size": (nn.AdaptiveAvgPool2d(4), "pools [9, 9] to 4"),
-    "flatten the batch": (lambda x, _: x.flatten(0, 1), "along axis 0"),
     "mean of the batch": (lambda x, _: x.mean((0, 1), keepdim=True) + x, "is the mean over"),
     "mean of all": (lambda x, _: x + x.mean(), "arguments that are not known"),
     "mean in another type": (lambda x, _: x.mean(1, dtype=torch.float64).float(), "arguments that are not known"),
@@ -542,6 +575,10 @@ MISSES: dict[str, tuple[nn.Module | Callable[..., Any], str]] = {
     "ranks": (lambda x, _: x.mean((1, 2)) * x, "broadcasts along the batch"),
     "product of a constant": (lambda x, s: torch.matmul(s, x[:, :, :1]), "multiplies 3 axes by 4"),
     "product of other ranks": (lambda x, _: torch.matmul(x, x.mean(1)), "multiplies 4 axes by 3"),
+    "other rows": (lambda x, _: x.flatten(0, 1)[:, None] + x.mean(1, keepdim=True), "several numbers of rows"),
+    "causal": (lambda x, _: functional.scaled_dot_product_attention(x, x, x, is_causal=True), "is causal"),
+    "sum over images": (lambda x, _: torch.einsum("nchw,nchw->chw", x, x)[None] + x, "computes nchw,nchw->chw"),
+    "einsum by dots": (lambda x, _: torch.einsum("n...,n...->n...", x, x), "computes n...,n...->n..."),
     "joined batches": (lambda x, _: torch.cat([x, x]).mean((2, 3)), "along axis 0"),
     "stacked batches": (lambda x, _: torch.stack([x, x]).sum(0), "along axis 0"),
     "overwritten": (lambda x, s: (x.mul(s), x.mul_(s))[0], "overwrites"),
@@ -554,9 +591,7 @@ MISSES: dict[str, tuple[nn.Module | Callable[..., Any], str]] = {
     "another type": (lambda x, _: x.to(torch.float64).float(), "a cast to torch.float64"),
     "clipped by a tensor": (lambda x, s: torch.clamp(x, s, x), "clipped by what is computed"),
     "view of all images as one": (lambda x, _: x.view(1, -1, 9, 9), "is a view as [1, -1, 9, 9]"),
-    "view of twice as many": (lambda x, _: x.view(2 * x.size(0), 4, 9, 9), "is a view as"),
     "view of the batch elsewhere": (lambda x, _: x.view(-1, x.size(0), 81), "is a view as"),
-    "view that takes from the batch": (lambda x, _: x.view(-1, 9, 9), "for each image"),
     "view in another type": (lambda x, _: x.view(torch.int32).to(torch.float32), "is a view as"),
     "squeezed": (lambda x, _: x.squeeze(), "along axis None"),
     "squeezed batch": (lambda x, _: x.squeeze(0), "along axis 0"),

@@ -14,7 +14,7 @@ and most are one ONNX node each. Some of the others::
 
 The table is closed. A graph with anything else in it is left to torch's exporter, whole: an operation with an option
 that has no line here, a subclass, which may compute anything, a graph that is no set of equations
-(:mod:`foldgroup.purity`), or one whose batch is not the first axis of every value. Nodes and values have the names that
+(:mod:`foldgroup.purity`), or one that moves or cuts the axis of its batch. Nodes and values have the names that
 :func:`foldgroup.emit.onnx.export_onnx` gives them either way; ``tests/emit/test_direct.py`` compares the two.
 """
 
@@ -102,7 +102,7 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 def _written(writer: Writer, node: fx.Node) -> Value | tuple[Value, ...]:
     """Write what computes ``node``, whose operands are written."""
     if node.op == "placeholder":
-        return Value(writer.given.name, torch.float32, shape_of(node))
+        return Value(writer.given.name, torch.float32, (1, *shape_of(node)[1:]))
     if node.op == "get_attr":
         tensor = operator.attrgetter(str(node.target))(writer.graph)
         if not isinstance(tensor, Tensor) or tensor.dtype not in onnx_types():

@@ -105,6 +105,45 @@ def product(writer: Writer, node: fx.Node) -> Value:
     return writer.emit(node, "MatMul", [a, b])
 
 
+def attention(writer: Writer, node: fx.Node) -> Value:
+    """softmax(q·kᵀ·scale + mask)·v, of [N, …, positions, channels]."""
+    query, key, value, mask, p, causal, scale, grouped = writer.arguments(
+        *(node, "query", "key", "value"), attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    )
+    q, k, v = (writer.computed(node, one) for one in (query, key, value))
+    axes = len(q.shape)
+    if p or causal or grouped or axes < 3 or len(k.shape) != axes or len(v.shape) != axes:
+        raise Unfamiliar(f"{node.name} drops values, is causal, or its heads are shared")
+    writer.operands(node, [query, key, value])
+    order = [*range(axes - 2), axes - 1, axes - 2]
+    turned = (*k.shape[:-2], k.shape[-1], k.shape[-2])
+    weights = (*q.shape[:-1], k.shape[-2])
+    factor = writer.constant(node, q.shape[-1] ** -0.5 if scale is None else float(scale), q.dtype)
+    y = writer.emit(node, "Transpose", [k], shape=turned, last=False, perm=order)
+    y = writer.emit(node, "MatMul", [q, y], shape=weights, last=False)
+    y = writer.emit(node, "Mul", [y, factor], shape=weights, last=False)
+    if mask is not None:
+        added = writer.operands(node, [query, mask])[1]
+        if len(added.shape) > axes or (added.constant and len(added.shape) == axes and added.shape[0] != 1):
+            raise Unfamiliar(f"{node.name} has a mask of {len(added.shape)} axes")
+        y = writer.emit(node, "Add", [y, added], shape=weights, last=False)
+    y = writer.emit(node, "Softmax", [y], shape=weights, last=False, axis=-1)
+    return writer.emit(node, "MatMul", [y, v])
+
+
+def einsum(writer: Writer, node: fx.Node) -> Value:
+    """Sums of products by an equation in which the batch has one letter, the first of every term and of the result."""
+    equation, *given = node.args
+    operands = given[0] if len(given) == 1 and isinstance(given[0], tuple | list) else given
+    terms = str(equation).replace(" ", "").replace("->", ",").split(",")
+    letters = {term[:1] for term in terms} if "->" in str(equation) and "." not in str(equation) else set()
+    values = [writer.computed(node, operand) for operand in operands]
+    if len(letters) != 1 or node.kwargs or any(term.count(term[0]) != 1 for term in terms):
+        raise Unfamiliar(f"{node.name} computes {equation}")
+    writer.operands(node, operands)
+    return writer.emit(node, "Einsum", values, equation=str(equation).replace(" ", ""))
+
+
 ARITHMETIC: dict[Any, Operation] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _binary("Add")),
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), _binary("Sub")),
@@ -122,5 +161,7 @@ ARITHMETIC: dict[Any, Operation] = {
     **dict.fromkeys((nn.Softmax, functional.softmax, torch.softmax, "softmax"), _along("Softmax")),
     **dict.fromkeys((nn.LogSoftmax, functional.log_softmax, torch.log_softmax, "log_softmax"), _along("LogSoftmax")),
     **dict.fromkeys((operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm"), product),
+    functional.scaled_dot_product_attention: attention,
+    torch.einsum: einsum,
 }
 """By exact class, function or method."""

@@ -31,7 +31,7 @@ class Unfamiliar(Exception):
 
 @dataclass(frozen=True)
 class Value:
-    """A value of the ONNX graph. ``shape`` is that in the torch.fx graph, whose batch may be another."""
+    """A value of the ONNX graph. ``shape`` is that for one image: [1, …], or of several rows that every image has."""
 
     name: str
     dtype: torch.dtype
@@ -83,7 +83,7 @@ class Writer:
     def arguments(self, node: fx.Node, *names: str, **defaults: Any) -> list[Any]:
         """Those of a call in the order of ``names`` and then of ``defaults``, which may be left out.
 
-        Others may be named if they are None. Sizes are numbers, or :data:`~foldgroup.emit.direct.sizes.BATCH` or what
+        Others may be named if they are None. Sizes are numbers, or :class:`~foldgroup.emit.direct.sizes.Images` or what
         depends on it.
         """
         expected = (*names, *defaults)
@@ -131,10 +131,12 @@ class Writer:
         values = [self.value(operand) for operand in given]
         if len({value.dtype for value in values}) != 1:
             raise Unfamiliar(f"{node.name} reads values of several types")
+        if len({value.shape[0] for value in values if not value.constant}) > 1:
+            raise Unfamiliar(f"{node.name} reads values of several numbers of rows")
         return values
 
     def computed(self, node: fx.Node, given: object) -> Value:
-        """The value of an operand that has the batch as its first axis."""
+        """The value of an operand that is no constant, so that its first axis is the batch."""
         (value,) = self.operands(node, [given])
         if value.constant:
             raise Unfamiliar(f"{node.name} reads a constant")
@@ -159,15 +161,15 @@ class Writer:
     ) -> Value:
         """Write an ONNX node, of whose ``inputs`` those that are None are left out.
 
-        It has the type of the first input, and the ``shape`` of ``node`` unless told otherwise. ``last`` if its value
-        is that of ``node``; ``beside`` if it is called ``<layer>.<kind>``, not as the layer; ``value`` is the name of
-        its value if that is another, where ``*`` stands for its own. Named as in ``export_onnx``.
+        It has the type and rows of the first input, and the shape of ``node`` unless told otherwise. ``last`` if its
+        value is that of ``node``; ``beside`` if it is called ``<layer>.<kind>``, not as the layer; ``value`` is the
+        name of its value if that is another, where ``*`` stands for its own. Named as in ``export_onnx``.
         """
         name = self._named(node, kind, beside=beside)
         own = last and node in self._outputs
         made = self._outputs[node] if own else self._unique(value.replace("*", name) or name)
-        first = next(one for one in inputs if one is not None)
-        result = Value(made, dtype or first.dtype, shape_of(node) if shape is None else shape)
+        first = next(one for one in inputs if one is not None and not one.constant)
+        result = Value(made, dtype or first.dtype, shape or (first.shape[0], *shape_of(node)[1:]))
         self._append(kind, inputs, [result], name, attributes)
         return result
 
@@ -205,14 +207,17 @@ class Writer:
         """What ONNX says of a computed value: its type, and its shape with the batch of the input."""
         from onnx import helper
 
-        made = helper.make_tensor_value_info(value.name, onnx_types()[value.dtype], value.shape)
-        made.type.tensor_type.shape.dim[0].CopyFrom(self.given.type.tensor_type.shape.dim[0])
+        rows = self.rows(value.shape[0])
+        made = helper.make_tensor_value_info(
+            value.name, onnx_types()[value.dtype], [rows if rows > 0 else None, *value.shape[1:]]
+        )
+        if value.shape[0] == 1:
+            made.type.tensor_type.shape.dim[0].CopyFrom(self.given.type.tensor_type.shape.dim[0])
         return made
 
-    @property
-    def batch(self) -> int:
-        """As a Reshape wants it: -1, whatever is left, where it is dynamic."""
-        return self.given.type.tensor_type.shape.dim[0].dim_value or -1
+    def rows(self, each: int) -> int:
+        """The size of the first axis if every image has so many rows, as a Reshape wants it: -1 where it is dynamic."""
+        return self.given.type.tensor_type.shape.dim[0].dim_value * each or -1
 
     def _stored(self, key: Any, name: str, tensor: Tensor) -> Value:
         if key not in self._tensors:

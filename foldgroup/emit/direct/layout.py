@@ -1,6 +1,6 @@
 """Where values lie, in ONNX, for :mod:`foldgroup.emit.direct`: shapes, orders, parts, padding, sizes. No arithmetic.
 
-The batch is the first axis of every value and stays there, whole: what moves, cuts or divides it is left to torch.
+The batch is the first axis of every value, or an image has several rows of it. What moves or cuts it is left to torch.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from foldgroup.emit.direct.graph import Operation, Shape, Unfamiliar, Value, Writer, onnx_types
-from foldgroup.emit.direct.sizes import BATCH
+from foldgroup.emit.direct.sizes import Images
 from foldgroup.forms import ChannelSelect, ChannelShuffle
 from foldgroup.trace import called_module, shape_of
 
 
-def reshaped(writer: Writer, node: fx.Node, x: Value, rest: Shape, *, last: bool = True) -> Value:
-    """``x`` as [N, *rest]."""
-    if x.shape[1:] == rest:
+def reshaped(
+    writer: Writer, node: fx.Node, x: Value, rest: Shape, *, rows: int | None = None, last: bool = True
+) -> Value:
+    """``x`` as [N·rows, *rest], with the rows that it has unless told otherwise."""
+    shape = (x.shape[0] if rows is None else rows, *rest)
+    if x.shape == shape:
         return x
-    if prod(rest) != prod(x.shape[1:]) or not prod(rest):
-        raise Unfamiliar(f"{node.name} makes {list(rest)} of {list(x.shape[1:])} for each image")
-    size = writer.constant(node, (writer.batch, *rest))
-    return writer.emit(node, "Reshape", [x, size], shape=(x.shape[0], *rest), last=last, allowzero=1)
+    if prod(shape) != prod(x.shape) or not prod(shape):
+        raise Unfamiliar(f"{node.name} makes {list(shape)} of {list(x.shape)} for each image")
+    size = writer.constant(node, (writer.rows(shape[0]), *rest))
+    return writer.emit(node, "Reshape", [x, size], shape=shape, last=last, allowzero=1)
 
 
 def transposed(writer: Writer, node: fx.Node, x: Value, order: Sequence[int], *, last: bool = True) -> Value:
@@ -80,21 +83,31 @@ def _axis(node: fx.Node, dim: Any, axes: int) -> int:
 
 def flatten(writer: Writer, node: fx.Node) -> Value:
     """Several axes as one."""
-    x, (start, _) = writer.setting(node, start_dim=0, end_dim=-1)
-    _axis(node, start, len(x.shape))
-    return reshaped(writer, node, x, shape_of(node)[1:])
+    x, (start, end) = writer.setting(node, start_dim=0, end_dim=-1)
+    axes = len(x.shape)
+    rows = x.shape[0] if start % axes else prod(x.shape[: end % axes + 1])
+    return reshaped(writer, node, x, shape_of(node)[1:], rows=rows)
 
 
 def view(writer: Writer, node: fx.Node) -> Value:
-    """Any shape that begins with the batch."""
+    """Any shape that begins with the batch, or a multiple of it."""
     given, *sizes = writer.resolved(node.args)
     x = writer.computed(node, given)
     if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
         sizes = list(sizes[0])
-    numbers = all(map(_whole, sizes[1:])) and not node.kwargs
-    if not sizes or not numbers or not (sizes[0] == BATCH or (_whole(sizes[0]) and sizes[0] in (-1, writer.batch))):
+    first: Any = sizes[0] if sizes else None
+    rest = shape_of(node)[1:]
+    if isinstance(first, Images):
+        rows = first.times
+    elif _whole(first) and first == -1:
+        rows = prod(x.shape) // prod(rest)
+    elif _whole(first) and writer.rows(1) > 0 and first % writer.rows(1) == 0:
+        rows = first // writer.rows(1)
+    else:
+        rows = 0
+    if not rows or node.kwargs or not all(map(_whole, sizes[1:])):
         raise Unfamiliar(f"{node.name} is a view as {sizes}")
-    return reshaped(writer, node, x, shape_of(node)[1:])
+    return reshaped(writer, node, x, rest, rows=rows)
 
 
 def _of_axes(added: int = 0) -> Operation:

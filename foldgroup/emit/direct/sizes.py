@@ -1,23 +1,32 @@
 """What a graph computes of sizes: ``x.shape[0]``, ``c // groups``. Numbers, but for what depends on the batch.
 
-The size of every axis is known but for that of the first, the batch, where it is dynamic. So all that is computed of
-sizes is computed for two batches: what is the same for both is a number, what is the batch in both is the batch.
+The size of every axis is known but for that of the first, the batch or a multiple of it, where that is dynamic. So all
+that is computed of sizes is computed for two batches: what is the same for both is a number.
 """
 
 from __future__ import annotations
 
 import math
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-BATCH, OTHER = "the batch", "what depends on the batch"
-"""Stand for the number of images, where it is dynamic, and for whatever else is not the same for all of them."""
+OTHER = "what depends on the batch"
+"""Stands for what is neither a number nor a multiple of the batch."""
 
-_BATCHES = (3, 1009)
-"""Neither divides what networks are made of, so that nothing but the batch looks like it."""
+
+@dataclass(frozen=True)
+class Images:
+    """So many times the number of images, where that is dynamic."""
+
+    times: int
+
+
+_BATCHES = (1009, 2003)
+"""Primes, so that nothing but a multiple of the batch looks like one."""
 
 _FUNCTIONS = {
     *(function for module in (math, operator) for function in vars(module).values() if callable(function)),
@@ -36,8 +45,8 @@ class Sizes:
         return node in self._known
 
     def ask(self, node: fx.Node, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Learn what ``node`` asks of a tensor [N, …] of this shape but for the batch."""
-        tensors = [torch.empty((batch, *shape[1:]), dtype=dtype, device="meta") for batch in self._batches]
+        """Learn what ``node`` asks of a tensor that has this shape for one image."""
+        tensors = [torch.empty((batch * shape[0], *shape[1:]), dtype=dtype, device="meta") for batch in self._batches]
         self._known[node] = tuple(_called(node, {node.all_input_nodes[0]: tensor}) for tensor in tensors)
 
     def compute(self, node: fx.Node) -> bool:
@@ -50,7 +59,7 @@ class Sizes:
         return node in self._known
 
     def resolved(self, given: Any) -> Any:
-        """``given`` with numbers, :data:`BATCH` or :data:`OTHER` for what is known; tensors stay nodes."""
+        """``given`` with numbers, :class:`Images` or :data:`OTHER` for what is known; tensors stay nodes."""
 
         def value_of(node: fx.Node) -> Any:
             values = self._known.get(node)
@@ -65,7 +74,8 @@ class Sizes:
     def _named(self, values: tuple[Any, ...]) -> Any:
         if all(value == values[0] for value in values):
             return values[0]
-        return BATCH if values == self._batches else OTHER
+        times = values[0] // self._batches[0] if isinstance(values[0], int) else 0
+        return Images(times) if values == tuple(times * batch for batch in self._batches) else OTHER
 
 
 def _called(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
