@@ -2,6 +2,7 @@
 
 * What a network computes of its own tensors alone, such as a kernel times a mask that its gates describe, is the same
   in every call. It is computed here, once, as the network does it: in its own precision, or in float32 if that is more.
+  So is what layers of torch's own make of them; any other layer is the network's, and stays.
 * A layer that is called as a function, with such weights, becomes the module of torch's that computes the same:
   ``functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)`` a ``BatchNorm2d``.
 * What asks a parameter for its dtype or device asks the input, if both are of the same.
@@ -20,7 +21,7 @@ from torch.fx.graph import magic_methods
 from torch.nn import functional
 
 from foldgroup.purity import ASKING, overwritten
-from foldgroup.trace import add_buffer, add_module, shape_of
+from foldgroup.trace import add_buffer, add_module, called_module, shape_of
 
 _Tensors: TypeAlias = Mapping[str, Tensor]
 _Options: TypeAlias = Mapping[str, Any]
@@ -86,10 +87,12 @@ def _narrowed(value: Tensor, graph: fx.GraphModule) -> Tensor:
 
 def _evaluated(graph: fx.GraphModule, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
     """What ``node`` comes to; None if that is nothing, or if it overwrites what it reads."""
-    if node.op not in ("call_function", "call_method") or overwritten(graph, node):
+    module = called_module(graph, node)
+    own = module is not None and (not type(module).__module__.startswith("torch.nn.") or module.training)
+    if own or overwritten(graph, node):
         return None
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
-    call: Any = node.target
+    call: Any = module or node.target
     if node.op == "call_method":
         call, args = getattr(args[0], str(node.target)), args[1:]
     try:
@@ -218,9 +221,12 @@ def _layer_norm(axes: int, tensors: _Tensors, options: _Options) -> nn.Module | 
 
 
 def _group_norm(axes: int, tensors: _Tensors, options: _Options) -> nn.Module | None:
-    if set(tensors) != {"weight", "bias"}:
+    if "weight" not in tensors:
         return None
-    return nn.GroupNorm(options["num_groups"], len(tensors["weight"]), options.get("eps", 1e-5))
+    norm = nn.GroupNorm(options["num_groups"], len(tensors["weight"]), options.get("eps", 1e-5))
+    if "bias" not in tensors:
+        norm.register_parameter("bias", None)
+    return norm
 
 
 def _linear(axes: int, tensors: _Tensors, options: _Options) -> nn.Module | None:

@@ -197,6 +197,7 @@ BECOME = {
     "linear": (nn.Linear, (2, 3, 4), lambda m, x: functional.linear(x, m.w, m.b), (5, 4), (5,)),
     "layer norm": (nn.LayerNorm, (2, 3, 4), lambda m, x: functional.layer_norm(x, (4,), m.w, None, 1e-3), (4,)),
     "group norm": (nn.GroupNorm, (2, 6, 4), lambda m, x: functional.group_norm(x, 3, m.w, m.b, 1e-3), (6,), (6,)),
+    "group norm without shift": (nn.GroupNorm, (2, 6, 4), lambda m, x: functional.group_norm(x, 3, m.w), (6,)),
     "prelu": (nn.PReLU, (2, 6, 4), lambda m, x: functional.prelu(x, m.w), (6,)),
     "moved": (nn.Linear, (2, 3), lambda m, x: functional.linear(x, m.w.transpose(0, 1)), (3, 4)),
 }
@@ -307,6 +308,25 @@ def test_what_depends_on_no_input_is_computed_once(name):
         assert node.op in ("placeholder", "get_attr", "output") or any(r.op != "get_attr" for r in node.all_input_nodes)
         assert node.op != "get_attr" or shape_of(node) == tuple(getattr(graph, node.target).shape)
     assert set(vars(network)) == attributes
+
+
+class Bias(nn.Module):
+    """Adds what a small network of its own makes of constants."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(9, 2))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return x + self.layers(self.places).T
+
+
+def test_what_layers_make_of_constants_is_computed_once():
+    network, x = Bias(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 3)).eval(), torch.randn(1, 3, 9)
+    graph = trace(network, (1, 3, 9))
+    assert [node.op for node in graph.graph.nodes] == ["placeholder", "get_attr", "call_function", "output"]
+    assert torch.equal(graph(x), network(x))
 
 
 class Padded(nn.Module):

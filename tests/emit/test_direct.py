@@ -399,6 +399,19 @@ IN_OTHER_NODES: dict[str, tuple[nn.Module | Callable[..., Any], int]] = {
     ),
     "attention with a bias": (lambda x, s: functional.scaled_dot_product_attention(x, x, x, s), 2),
     "einsum": (lambda x, _: torch.einsum("N C H W, N C V W -> N C H V", x, x.relu()), 2),
+    "like another": (
+        lambda x, _: (
+            x.flatten(2).view_as(x).relu(),
+            x.flatten(0, 1).reshape_as(x).abs(),
+            x.mean(1, True).expand_as(x),
+        ),
+        2,
+    ),
+    "expanded": (
+        lambda x, _: (x.mean(1, True).expand(-1, 5, -1, -1), x.unsqueeze(2).expand((x.size(0), 8, 2, 9, 9)).relu()),
+        2,
+    ),
+    "sum of a product": (lambda x, s: torch.addcmul(x, x, s) + torch.addcmul(s, x, x), 2),
     "copied": (lambda x, _: torch.clone(x).relu(), 2),
 }
 """What is written in other nodes, which compute the same."""
@@ -575,6 +588,11 @@ MISSES: dict[str, tuple[nn.Module | Callable[..., Any], str]] = {
     "ranks": (lambda x, _: x.mean((1, 2)) * x, "broadcasts along the batch"),
     "product of a constant": (lambda x, s: torch.matmul(s, x[:, :, :1]), "multiplies 3 axes by 4"),
     "product of other ranks": (lambda x, _: torch.matmul(x, x.mean(1)), "multiplies 4 axes by 3"),
+    "expanded batch": (lambda x, _: x.mean(0, keepdim=True) + x, "is the mean over"),
+    "another batch": (lambda x, _: x.expand(2, -1, -1, -1).sum(1), "expands"),
+    "another axis for images": (lambda x, _: x.expand(2, -1, -1, -1, -1).sum(0), "expands"),
+    "scaled product": (lambda x, s: torch.addcmul(x, x, s, value=2), "scales a product"),
+    "product of constants": (lambda x, s: torch.addcmul(x, s, s), "multiplies constants"),
     "other rows": (lambda x, _: x.flatten(0, 1)[:, None] + x.mean(1, keepdim=True), "several numbers of rows"),
     "causal": (lambda x, _: functional.scaled_dot_product_attention(x, x, x, is_causal=True), "is causal"),
     "sum over images": (lambda x, _: torch.einsum("nchw,nchw->chw", x, x)[None] + x, "computes nchw,nchw->chw"),

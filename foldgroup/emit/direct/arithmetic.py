@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn import functional
@@ -24,16 +26,32 @@ def _binary(kind: str) -> Operation:
             writer.constant(node, float(one), x.dtype) if isinstance(one, int | float) else writer.value(one)
             for one in given
         ]
-        ranks = [len(value.shape) for value in values if not value.constant]
-        # Only what has no axis for the batch, or one of size 1, leaves the batch where and as it is.
-        fixed = [value for value in values if value.constant]
-        if not ranks or len(set(ranks)) > 1 or any(
-            len(v.shape) > ranks[0] or (len(v.shape) == ranks[0] and v.shape[0] != 1) for v in fixed
-        ):  # fmt: skip
-            raise Unfamiliar(f"{node.name} broadcasts along the batch")
+        _leave_the_batch(node, values)
         return writer.emit(node, kind, values)
 
     return write
+
+
+def _leave_the_batch(node: fx.Node, values: Sequence[Value]) -> None:
+    """See that only what has no axis for the batch, or one of size 1, is broadcast to others."""
+    ranks = [len(value.shape) for value in values if not value.constant]
+    fixed = [value for value in values if value.constant]
+    if not ranks or len(set(ranks)) > 1 or any(
+        len(v.shape) > ranks[0] or (len(v.shape) == ranks[0] and v.shape[0] != 1) for v in fixed
+    ):  # fmt: skip
+        raise Unfamiliar(f"{node.name} broadcasts along the batch")
+
+
+def addcmul(writer: Writer, node: fx.Node) -> Value:
+    """One tensor plus the product of two."""
+    given = writer.arguments(node, "input", "tensor1", "tensor2", value=1)
+    x, a, b = writer.operands(node, given[:3])
+    factor = given[3]
+    if factor != 1 or (a.constant and b.constant):
+        raise Unfamiliar(f"{node.name} scales a product, or multiplies constants")
+    _leave_the_batch(node, [x, a, b])
+    product = writer.emit(node, "Mul", [a, b], shape=np.broadcast_shapes(a.shape, b.shape), last=False)
+    return writer.emit(node, "Add", [x, product])
 
 
 def negative(writer: Writer, node: fx.Node) -> Value:
@@ -124,8 +142,7 @@ def attention(writer: Writer, node: fx.Node) -> Value:
     y = writer.emit(node, "Mul", [y, factor], shape=weights, last=False)
     if mask is not None:
         added = writer.operands(node, [query, mask])[1]
-        if len(added.shape) > axes or (added.constant and len(added.shape) == axes and added.shape[0] != 1):
-            raise Unfamiliar(f"{node.name} has a mask of {len(added.shape)} axes")
+        _leave_the_batch(node, [y, added])
         y = writer.emit(node, "Add", [y, added], shape=weights, last=False)
     y = writer.emit(node, "Softmax", [y], shape=weights, last=False, axis=-1)
     return writer.emit(node, "MatMul", [y, v])
@@ -152,6 +169,7 @@ ARITHMETIC: dict[Any, Operation] = {
     **dict.fromkeys((operator.pow, torch.pow, "pow"), _binary("Pow")),
     **dict.fromkeys((torch.maximum, "maximum"), _binary("Max")),
     **dict.fromkeys((torch.minimum, "minimum"), _binary("Min")),
+    torch.addcmul: addcmul,
     **dict.fromkeys((operator.neg, torch.neg, "neg"), negative),
     **dict.fromkeys((torch.mean, "mean"), _over("ReduceMean")),
     **dict.fromkeys((torch.sum, "sum"), _over("ReduceSum")),

@@ -95,19 +95,41 @@ def view(writer: Writer, node: fx.Node) -> Value:
     x = writer.computed(node, given)
     if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
         sizes = list(sizes[0])
-    first: Any = sizes[0] if sizes else None
     rest = shape_of(node)[1:]
-    if isinstance(first, Images):
-        rows = first.times
-    elif _whole(first) and first == -1:
-        rows = prod(x.shape) // prod(rest)
-    elif _whole(first) and writer.rows(1) > 0 and first % writer.rows(1) == 0:
-        rows = first // writer.rows(1)
-    else:
-        rows = 0
+    rows = prod(x.shape) // prod(rest) if sizes[:1] == [-1] else _rows(writer, sizes[0] if sizes else None)
     if not rows or node.kwargs or not all(map(_whole, sizes[1:])):
         raise Unfamiliar(f"{node.name} is a view as {sizes}")
     return reshaped(writer, node, x, rest, rows=rows)
+
+
+def _rows(writer: Writer, size: Any) -> int:
+    """How many rows every image has of a first axis of ``size``; 0 if that is no multiple of the batch."""
+    if isinstance(size, Images):
+        return size.times
+    fixed = writer.rows(1)
+    return size // fixed if _whole(size) and fixed > 0 and size > 0 and size % fixed == 0 else 0
+
+
+def view_as(writer: Writer, node: fx.Node) -> Value:
+    """The shape of another tensor."""
+    given, other = writer.arguments(node, "input", "other")
+    like = writer.computed(node, other)
+    return reshaped(writer, node, writer.computed(node, given), like.shape[1:], rows=like.shape[0])
+
+
+def expand(writer: Writer, node: fx.Node) -> Value:
+    """The sizes of another tensor, or given ones, along axes of size 1 that are not the batch."""
+    given, *sizes = writer.resolved(node.args)
+    x = writer.computed(node, given)
+    shape = (x.shape[0], *shape_of(node)[1:])
+    if node.target == "expand_as":
+        like = writer.computed(node, *sizes).shape
+    else:
+        sizes = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+        like = (_rows(writer, sizes[0]) if sizes[0] != -1 else x.shape[0], *sizes[1:])
+    if node.kwargs or like[0] != x.shape[0] or len(shape) != len(x.shape) or not all(map(_whole, like)):
+        raise Unfamiliar(f"{node.name} expands {x.name} to {sizes}")
+    return writer.emit(node, "Expand", [x, writer.constant(node, (1, *shape[1:]))]) if shape != x.shape else x
 
 
 def _of_axes(added: int = 0) -> Operation:
@@ -385,6 +407,8 @@ LAYOUT: dict[Any, Operation] = {
     torchvision.ops.stochastic_depth: _dropping("p", "mode", "training"),
     **dict.fromkeys((nn.Flatten, torch.flatten, "flatten"), flatten),
     **dict.fromkeys(("view", "reshape", torch.reshape), view),
+    **dict.fromkeys(("view_as", "reshape_as"), view_as),
+    **dict.fromkeys(("expand", "expand_as"), expand),
     **dict.fromkeys((nn.Unflatten, torch.unflatten, "unflatten", torch.squeeze, "squeeze"), _of_axes()),
     **dict.fromkeys((torch.unsqueeze, "unsqueeze"), _of_axes(1)),
     **dict.fromkeys((torch.permute, "permute"), permute),
