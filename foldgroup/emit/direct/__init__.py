@@ -32,6 +32,7 @@ from foldgroup.emit.direct.arithmetic import ARITHMETIC
 from foldgroup.emit.direct.graph import Operation, Unfamiliar, Value, Writer, onnx_types
 from foldgroup.emit.direct.layers import LAYERS
 from foldgroup.emit.direct.layout import LAYOUT
+from foldgroup.emit.direct.resizing import RESIZING
 from foldgroup.errors import TraceError
 from foldgroup.purity import impurity
 from foldgroup.trace import attach_shapes, called_module, shape_of
@@ -115,5 +116,5 @@ def _written(writer: Writer, node: fx.Node) -> Value | tuple[Value, ...]:
     return OPERATIONS[kind](writer, node)
 
 
-OPERATIONS: dict[Any, Operation] = LAYERS | ACTIVATIONS | ARITHMETIC | LAYOUT
+OPERATIONS: dict[Any, Operation] = LAYERS | ACTIVATIONS | ARITHMETIC | LAYOUT | RESIZING
 """What writes each module (by its exact class), function and method. Nothing else is written here."""

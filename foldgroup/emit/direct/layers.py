@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from foldgroup.emit.direct.arithmetic import mean_over
 from foldgroup.emit.direct.graph import Operation, Unfamiliar, Value, Writer
-from foldgroup.emit.direct.layout import padded, reshaped
+from foldgroup.emit.direct.layout import reshaped
+from foldgroup.emit.direct.resizing import padded
 from foldgroup.forms import CONVS, TRANSPOSED_CONVS
 from foldgroup.trace import called_module, shape_of
 

@@ -1,18 +1,16 @@
-"""Where values lie, in ONNX, for :mod:`foldgroup.emit.direct`: shapes, orders, parts, padding, sizes. No arithmetic.
+"""Where values lie, in ONNX, for :mod:`foldgroup.emit.direct`: shapes, orders and parts. No arithmetic.
 
 The batch is the first axis of every value, or an image has several rows of it. What moves or cuts it is left to torch.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from math import prod
 from numbers import Integral
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision
 from torch import Tensor, fx, nn
@@ -47,33 +45,14 @@ def transposed(writer: Writer, node: fx.Node, x: Value, order: Sequence[int], *,
     return writer.emit(node, "Transpose", [x], shape=shape, last=last, perm=list(order))
 
 
-def padded(
-    writer: Writer,
-    node: fx.Node,
-    x: Value,
-    pads: Sequence[tuple[int, int]],
-    mode: str,
-    value: float = 0.0,
-    **how: Any,
-) -> Value:
-    """``x`` with ``pads`` before and after each of its last axes."""
-    modes = {"constant": "constant", "zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-    if mode not in modes or len(pads) >= len(x.shape) or any(not _whole(n) or n < 0 for both in pads for n in both):
-        raise Unfamiliar(f"{node.name} pads with {mode} by {pads}")
-    every = [(0, 0)] * (len(x.shape) - len(pads)) + list(pads)
-    shape = tuple(size + sum(both) for size, both in zip(x.shape, every, strict=True))
-    amounts = writer.constant(node, (*(a for a, _ in every), *(b for _, b in every)))
-    filling = [writer.constant(node, float(value), x.dtype)] if modes[mode] == "constant" else []
-    return writer.emit(node, "Pad", [x, amounts, *filling], shape=shape, mode=modes[mode], **how)
-
-
-def _whole(number: object) -> bool:
+def whole(number: object) -> bool:
+    """Whether that is a whole number, not a size that depends on the batch."""
     return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _axis(node: fx.Node, dim: Any, axes: int) -> int:
     """The number of an axis that is not the batch."""
-    if not _whole(dim) or dim % axes == 0:
+    if not whole(dim) or dim % axes == 0:
         raise Unfamiliar(f"{node.name} works along axis {dim}")
     return int(dim % axes)
 
@@ -91,15 +70,20 @@ def flatten(writer: Writer, node: fx.Node) -> Value:
 
 def view(writer: Writer, node: fx.Node) -> Value:
     """Any shape that begins with the batch, or a multiple of it."""
-    given, *sizes = writer.resolved(node.args)
-    x = writer.computed(node, given)
-    if len(sizes) == 1 and isinstance(sizes[0], tuple | list):
-        sizes = list(sizes[0])
+    x, sizes = _listed(writer, node)
     rest = shape_of(node)[1:]
-    rows = prod(x.shape) // prod(rest) if sizes[:1] == [-1] else _rows(writer, sizes[0] if sizes else None)
-    if not rows or node.kwargs or not all(map(_whole, sizes[1:])):
+    rows = prod(x.shape) // prod(rest) if sizes[:1] == [-1] else _rows(writer, sizes[0])
+    if not rows or not all(map(whole, sizes[1:])):
         raise Unfamiliar(f"{node.name} is a view as {sizes}")
     return reshaped(writer, node, x, rest, rows=rows)
+
+
+def _listed(writer: Writer, node: fx.Node) -> tuple[Value, list[Any]]:
+    """The tensor that a call reads, and what else it is given: one by one or as a list, by place alone."""
+    given, *rest = writer.resolved(node.args)
+    if node.kwargs or not rest:
+        raise Unfamiliar(f"{node.name} is called with arguments that are not known")
+    return writer.computed(node, given), list(rest[0]) if isinstance(rest[0], tuple | list) else rest
 
 
 def _rows(writer: Writer, size: Any) -> int:
@@ -107,7 +91,7 @@ def _rows(writer: Writer, size: Any) -> int:
     if isinstance(size, Images):
         return size.times
     fixed = writer.rows(1)
-    return size // fixed if _whole(size) and fixed > 0 and size > 0 and size % fixed == 0 else 0
+    return size // fixed if whole(size) and fixed > 0 and size > 0 and size % fixed == 0 else 0
 
 
 def view_as(writer: Writer, node: fx.Node) -> Value:
@@ -119,15 +103,13 @@ def view_as(writer: Writer, node: fx.Node) -> Value:
 
 def expand(writer: Writer, node: fx.Node) -> Value:
     """The sizes of another tensor, or given ones, along axes of size 1 that are not the batch."""
-    given, *sizes = writer.resolved(node.args)
-    x = writer.computed(node, given)
+    x, sizes = _listed(writer, node)
     shape = (x.shape[0], *shape_of(node)[1:])
     if node.target == "expand_as":
         like = writer.computed(node, *sizes).shape
     else:
-        sizes = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
         like = (_rows(writer, sizes[0]) if sizes[0] != -1 else x.shape[0], *sizes[1:])
-    if node.kwargs or like[0] != x.shape[0] or len(shape) != len(x.shape) or not all(map(_whole, like)):
+    if like[0] != x.shape[0] or len(shape) != len(x.shape) or not all(map(whole, like)):
         raise Unfamiliar(f"{node.name} expands {x.name} to {sizes}")
     return writer.emit(node, "Expand", [x, writer.constant(node, (1, *shape[1:]))]) if shape != x.shape else x
 
@@ -149,11 +131,8 @@ def _of_axes(added: int = 0) -> Operation:
 
 def permute(writer: Writer, node: fx.Node) -> Value:
     """All axes in another order."""
-    given, *dims = writer.resolved(node.args)
-    x = writer.computed(node, given)
-    if len(dims) == 1 and isinstance(dims[0], tuple | list):
-        dims = list(dims[0])
-    if node.kwargs or len(dims) != len(x.shape) or not all(map(_whole, dims)):
+    x, dims = _listed(writer, node)
+    if len(dims) != len(x.shape) or not all(map(whole, dims)):
         raise Unfamiliar(f"{node.name} is a permutation by {dims}")
     return transposed(writer, node, x, [dim % len(dims) for dim in dims])
 
@@ -208,7 +187,7 @@ def _splitting(first: str, how: str) -> Operation:
         given, sizes, dim = writer.arguments(node, first, how, dim=0)
         x = writer.computed(node, given)
         axis = _axis(node, dim, len(x.shape))
-        if not all(map(_whole, sizes if isinstance(sizes, tuple | list) else [sizes])):
+        if not all(map(whole, sizes if isinstance(sizes, tuple | list) else [sizes])):
             raise Unfamiliar(f"{node.name} splits by {sizes}")
         places = torch.arange(x.shape[axis])
         pieces: Any = torch.chunk(places, sizes) if how == "chunks" else torch.split(places, sizes)
@@ -223,7 +202,7 @@ def item(writer: Writer, node: fx.Node) -> Value:
     """One of several tensors, or what an index of slices and numbers says, which leaves the batch alone."""
     of, index = writer.resolved(node.args)
     parts = writer.parts(of)
-    if parts and _whole(index):
+    if parts and whole(index):
         return parts[int(index)]
     x = writer.computed(node, of)
     entries = list(index) if isinstance(index, tuple) else [index]
@@ -236,10 +215,10 @@ def item(writer: Writer, node: fx.Node) -> Value:
     cuts, sizes = {}, iter(enumerate(x.shape))
     for entry in (entry for entry in entries if entry is not None):
         axis, size = next(sizes)
-        if _whole(entry):
+        if whole(entry):
             entry = slice(entry % size, entry % size + 1)
         elif not isinstance(entry, slice) or any(
-            n is not None and not _whole(n) for n in (entry.start, entry.stop, entry.step)
+            n is not None and not whole(n) for n in (entry.start, entry.stop, entry.step)
         ):
             raise Unfamiliar(f"{node.name} takes {index} of {x.name}")
         if entry.indices(size) != (0, size, 1):
@@ -252,7 +231,7 @@ def narrow(writer: Writer, node: fx.Node) -> Value:
     given, dim, start, length = writer.arguments(node, "input", "dim", "start", "length")
     x = writer.computed(node, given)
     axis = _axis(node, dim, len(x.shape))
-    if not _whole(start) or not _whole(length):
+    if not whole(start) or not whole(length):
         raise Unfamiliar(f"{node.name} takes {length} of {x.name}")
     start %= x.shape[axis]
     return _cut(writer, node, x, {axis: (start, start + length, 1)})
@@ -290,75 +269,7 @@ def stack(writer: Writer, node: fx.Node) -> Value:
     return writer.emit(node, "Concat", slices, axis=axis)
 
 
-# ---- padding and sizes -------------------------------------------------------------------------------------------
-
-
-_PADDINGS = {"Zero": "constant", "Constant": "constant", "Reflection": "reflect", "Replication": "replicate"}
-_PADDINGS |= {"Circular": "circular"}
-
-
-def pad(writer: Writer, node: fx.Node) -> Value:
-    """Zeros, a number, what lies at the edge, the mirror image or the other end, around the last axes."""
-    module: Any = called_module(writer.graph, node)
-    if module is not None:
-        mode = _PADDINGS[type(module).__name__[: -len("Pad2d")]]
-        x, (amounts, value) = writer.setting(node, padding=(), value=0.0)
-    else:
-        x, (amounts, mode, value) = writer.setting(node, pad=(), mode="constant", value=None)
-    if not isinstance(amounts, tuple | list) or len(amounts) % 2:
-        raise Unfamiliar(f"{node.name} pads by {amounts}")
-    both = [*zip(amounts[::2], amounts[1::2], strict=True)][::-1]  # torch begins with the last axis
-    return padded(writer, node, x, both, mode, value or 0.0)
-
-
-def interpolate(writer: Writer, node: fx.Node) -> Value:
-    """To another size: nearest by whole factors, where rounding cannot matter, or linear or cubic by any.
-
-    The scales are those that torch computes with. ONNX takes for size what is left of size times scale, rounded down.
-    """
-    x, (_, factor, mode, corners, again, smooth) = writer.setting(node, **_INTERPOLATION)
-    sizes, results = np.array(x.shape[2:]), np.array(shape_of(node)[2:])
-    if factor is None or again:
-        scales = (results / sizes).astype(np.float32)
-        scales = np.where(scales * sizes.astype(float) < results, np.nextafter(scales, np.float32(np.inf)), scales)
-    else:
-        scales = np.array(factor if isinstance(factor, tuple | list) else [factor] * len(sizes), np.float32)
-    how: dict[str, Any] = {"mode": _MODES.get(mode), "coordinate_transformation_mode": "pytorch_half_pixel"}
-    if mode == "nearest":
-        how |= {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    elif corners:
-        how["coordinate_transformation_mode"] = "align_corners"
-    if mode == "bicubic":
-        how["cubic_coeff_a"] = -0.75
-    exact = all(np.array_equal(np.floor(sizes.astype(kind) * scales), results) for kind in (np.float32, np.float64))
-    if (
-        how["mode"] is None
-        or smooth
-        or not exact
-        or 1 in results
-        or (mode == "nearest" and not all(map(_even, scales)))
-    ):
-        raise Unfamiliar(f"{node.name} resizes {x.shape[2:]} to {shape_of(node)[2:]} by {mode}")
-    by = writer.constant(node, (1.0, 1.0, *map(float, scales)), torch.float32)
-    return writer.emit(node, "Resize", [x, None, by], **how)
-
-
-def _even(scale: float) -> bool:
-    """Whether x / scale is exact for every whole x that matters: a whole number, or one over a power of two."""
-    return float(scale).is_integer() or math.log2(scale).is_integer()
-
-
-_INTERPOLATION: dict[str, Any] = {"size": None, "scale_factor": None, "mode": "nearest", "align_corners": None}
-_INTERPOLATION |= {"recompute_scale_factor": None, "antialias": False}
-_MODES = {"nearest": "nearest", "linear": "linear", "bilinear": "linear", "trilinear": "linear", "bicubic": "cubic"}
-
-
-def pixel_shuffle(writer: Writer, node: fx.Node) -> Value:
-    """[N, C·r², H, W] → [N, C, H·r, W·r]."""
-    x, (factor,) = writer.setting(node, upscale_factor=None)
-    if len(x.shape) != 4 or not _whole(factor):
-        raise Unfamiliar(f"{node.name} is applied to {len(x.shape)} axes")
-    return writer.emit(node, "DepthToSpace", [x], blocksize=int(factor), mode="CRD")
+# ---- nothing, and types ------------------------------------------------------------------------------------------
 
 
 def nothing(writer: Writer, node: fx.Node) -> Value:
@@ -423,10 +334,6 @@ LAYOUT: dict[Any, Operation] = {
     **dict.fromkeys((torch.narrow, "narrow"), narrow),
     **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), concatenate),
     torch.stack: stack,
-    **{getattr(nn, f"{kind}Pad{n}d"): pad for kind in _PADDINGS for n in (1, 2, 3)},
-    functional.pad: pad,
-    **dict.fromkeys((nn.Upsample, functional.interpolate), interpolate),
-    **dict.fromkeys((nn.PixelShuffle, functional.pixel_shuffle), pixel_shuffle),
     "to": cast,
     "float": _cast_to(torch.float32),
 }
