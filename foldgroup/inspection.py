@@ -99,6 +99,8 @@ class Inspection:
     outputs: tuple[tuple[str, tuple[int | str, ...]], ...] = ()
     """Name and shape of each, the batch first."""
     notes: tuple[str, ...] = ()
+    found: tuple[Mapping[str, Any], ...] = ()
+    """Layers without gates that have groups in their zeros: ``name``, and ``groups`` with their count and widths."""
 
     @cached_property
     def zeta(self) -> int:
@@ -142,6 +144,7 @@ class Inspection:
             "classes": self.classes,
             "outputs": [{"name": name, "shape": list(shape)} for name, shape in self.outputs],
             "layers": [layer.as_dict() for layer in self.layers],
+            "found": list(self.found),
             "learned_layers": {
                 "macs": self.learned_macs,
                 "dense_macs": self.learned_dense_macs,
@@ -217,4 +220,5 @@ def _from_manifest(name: str, kind: Kind, manifest: Mapping[str, Any], notes: tu
         params_training=manifest["params"]["training"],
         params_folded=manifest["params"]["folded"],
         notes=notes,
+        found=tuple(manifest.get("found", ())),
     )

@@ -36,6 +36,8 @@ def manifest_of(
     executed = macs(runs)
     packed = sum(layer["executed_macs"] - layer["macs"] for layer in layers)
     ledger = folded.result.ledger
+    records = (record for record in folded.result.records if record.name == "find_groups")
+    found = [layer for record in records for layer in record.details.get("layers", ())]
     free = batch or BATCH
     outputs = [{"name": name, "shape": [free, *shape_of(node)[1:]]} for name, node in outputs_of(folded.folded).items()]
     return {
@@ -47,6 +49,7 @@ def manifest_of(
         "precision": precision,
         "versions": {name: version(name) for name in ("foldgroup", "onnx", "onnxscript", "torch")},
         "layers": layers,
+        **({"found": found} if found else {}),
         "shuffles": {
             "inserted": sum(entry.put_in_by == "folding" for entry in ledger),
             "own": sum(entry.put_in_by == "network" for entry in ledger),

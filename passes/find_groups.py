@@ -77,7 +77,7 @@ class FindGroups(Pass):
         for node in result.graph.nodes:
             if node.op == "call_module":
                 calls.setdefault(str(node.target), []).append(node)
-        rewrites, skips = [], []
+        rewrites, skips, found = [], [], []
         for target, nodes in calls.items():
             layer = graph.get_submodule(target)
             if not isinstance(layer, _ConvNd) or type(layer) not in CONVS or layer.groups != 1:  # rule 1
@@ -92,8 +92,9 @@ class FindGroups(Pass):
             else:
                 _rewrite(result, target, nodes, layer, form)
                 rewrites.append(Note(target, reason))
+                found.append({"name": target, "groups": _groups(form)})
         result.delete_all_unused_submodules()
-        return PassResult(result, tuple(rewrites), tuple(skips))
+        return PassResult(result, tuple(rewrites), tuple(skips), details={"layers": found} if found else {})
 
     def _form(self, layer: _ConvNd, nodes: list[fx.Node]) -> tuple[Form | None, str]:
         """The form to give ``layer``, None for the one it has, and what to note of it, nothing for a dense kernel."""
@@ -123,11 +124,16 @@ class FindGroups(Pass):
 
 
 def _described(form: Form) -> str:
+    parts = ", ".join(f"{part['count']} of {part['in_width']}→{part['out_width']}" for part in _groups(form))
     if form.grouping is not None:
-        g = form.grouping
-        return f"{g.groups} groups of {g.in_width}→{g.out_width} channels in its zeros"
-    parts = ", ".join(f"{part.groups} of {part.in_width}→{part.out_width}" for part in form.parts)
+        return f"{parts.replace(' of ', ' groups of ')} channels in its zeros"
     return f"{form.kind}: groups in its zeros, {parts} channels"
+
+
+def _groups(form: Form) -> list[dict[str, int]]:
+    """How many groups of which widths, for those that look for them."""
+    parts = [form.grouping] if form.grouping is not None else form.parts
+    return [{"count": part.groups, "in_width": part.in_width, "out_width": part.out_width} for part in parts]
 
 
 def _rewrite(graph: fx.GraphModule, target: str, nodes: list[fx.Node], layer: _ConvNd, form: Form) -> None:

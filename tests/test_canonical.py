@@ -5,11 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from graphs import Call, conv, filled, learned
+from rich.console import Console, Group
 from torch import Tensor, nn
 from torch.nn import functional
 
 from foldgroup.compiler import compile
 from foldgroup.finetune import folded_for_training
+from foldgroup.inspection import inspect
+from foldgroup.report.layout import groups_in_words
+from foldgroup.report.tables import compile_summary, inspection_table
 from foldgroup.trace import called_module, shape_of, trace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -103,6 +107,13 @@ def weights(call, *parameters: tuple[int, ...], statistics: int = 0) -> Weights:
     return Weights(call, **named, **kept)
 
 
+def text(shown) -> str:
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(shown)
+    return capture.get()
+
+
 class _Sign(torch.autograd.Function):
     """1 where a gate is positive; its gradient goes straight through."""
 
@@ -177,6 +188,15 @@ def test_a_layer_of_ones_own_that_masks_its_kernel_is_folded(mask, gates, dtype,
     assert bundle.manifest["shuffles"]["kept"] == []
     (found,) = [record for record in bundle.passes["passes"] if record["name"] == "find_groups"]
     assert [rewrite["node"] for rewrite in found["rewrites"]] == ["1"]
+    inspection = inspect(tmp_path / "own")
+    ((layer, groups),) = [(layer["name"], layer["groups"]) for layer in inspection.found]
+    assert layer == "1" and inspection.as_dict()["found"] == bundle.manifest["found"]
+    assert sum(group["count"] * group["in_width"] * group["out_width"] for group in groups) * 9 == int(kept)
+    shown = text(Group(inspection_table(inspection), compile_summary(bundle)))
+    assert f"1      {groups_in_words(groups)}" in shown and "1 with groups in their zeros" in shown
+    assert "learned its groups" not in shown
+    page = (tmp_path / "own" / "report.html").read_text(encoding="utf-8")
+    assert f">{groups_in_words(groups)}</td>" in page and "learned its groups" not in page
 
 
 def test_zeros_of_either_sign_are_what_a_mask_leaves(tmp_path):

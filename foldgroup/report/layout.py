@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.table import Table
@@ -67,3 +67,8 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
     for label, text in rows:
         table.add_row(Text(label), Text(text))
     return table
+
+
+def groups_in_words(groups: Sequence[Mapping[str, int]]) -> str:
+    """Of every width, how many: ``4 of 16→16, 1 of 32→8``."""
+    return ", ".join(f"{part['count']} of {part['in_width']}→{part['out_width']}" for part in groups)

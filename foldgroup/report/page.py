@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from foldgroup.report import charts, deploy
-from foldgroup.report.layout import count, size
+from foldgroup.report.layout import count, groups_in_words, size
 from foldgroup.report.svg import blocks, mask
 
 Document = Mapping[str, Any]
@@ -93,9 +93,22 @@ def _headline(manifest: Document, verification: Document) -> str:
 
 
 def _groups(manifest: Document) -> str:
-    layers = manifest["layers"]
-    if not layers:
+    learned, found = manifest["layers"], manifest.get("found", [])
+    if not learned and not found:
         return "<p>No layer of this network learned its groups.</p>"
+    return (_learned(learned) if learned else "") + (_found(found) if found else "")
+
+
+def _found(layers: Sequence[Document]) -> str:
+    rows = [(layer["name"], groups_in_words(layer["groups"])) for layer in layers]
+    return (
+        "<p class=how>These layers have no gates: their kernels are zero between groups of channels, and so they run "
+        "as groups. Widths are those of inputs and outputs.</p>"
+        f"{table('groups found in zeros', ('layer', 'groups in its zeros'), rows, words=(0, 1))}"
+    )
+
+
+def _learned(layers: Sequence[Document]) -> str:
     rows = [
         (
             layer["name"],

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foldgroup.equivalence import FLOAT64_LIMIT
-from foldgroup.report.layout import bar, count, facts, grid, heading, paragraph, size
+from foldgroup.report.layout import bar, count, facts, grid, groups_in_words, heading, paragraph, size
 from foldgroup.report.plan import plan_of, plan_report
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def inspection_table(inspection: Inspection) -> Group:
     ]
     learned_layers: list[RenderableType] = [_layer_table(inspection), "", _group_chart(inspection)]
     if not inspection.layers:
-        totals, learned_layers = [], [paragraph("No layer learned its groups.")]
+        totals, learned_layers = [], [paragraph("No layer learned its groups.")] if not inspection.found else []
+    if inspection.found:
+        learned_layers += [""] * bool(learned_layers) + [_found_table(inspection)]
     return Group(
         heading(f"{inspection.arch} in {inspection.kind} {inspection.name}"),
         paragraph(
@@ -83,6 +85,13 @@ def _layer_table(inspection: Inspection) -> Table:
             _ratio(layer.macs, layer.uniform_macs),
         ]
         table.add_row(*map(Text, row + [f"{layer.executed_groups} groups"] * packed))
+    return table
+
+
+def _found_table(inspection: Inspection) -> Table:
+    table = grid(["layer", "groups in its zeros"], left=(0, 1))
+    for layer in inspection.found:
+        table.add_row(Text(layer["name"]), Text(groups_in_words(layer["groups"])))
     return table
 
 
@@ -198,7 +207,7 @@ def compile_summary(bundle: Bundle) -> Group:
     coarsened = f"{shuffles['coarsened']} avoided by fewer groups, " if shuffles.get("coarsened") else ""
     fates = f"{shuffles['absorbed']} absorbed, {shuffles['cancelled']} cancelled, {coarsened}{len(kept)} kept"
     folded = [
-        ("Layers", _learned(groups)),
+        ("Layers", _learned(groups, len(manifest.get("found", ())))),
         ("Shuffles", f"{shuffles['inserted']} inserted: {fates}"),
         *(("  kept", f"{entry['node']}: {entry['reason']}") for entry in kept),
         *_equality(bundle),
@@ -223,11 +232,12 @@ def compile_summary(bundle: Bundle) -> Group:
     )
 
 
-def _learned(groups: Sequence[int]) -> str:
+def _learned(groups: Sequence[int], found: int) -> str:
+    zeros = [f"{found} with groups in their zeros"] if found else []
     if not groups:
-        return "none learned its groups"
+        return zeros[0] if found else "none learned its groups"
     between = f"{min(groups)} to {max(groups)} groups" if len(set(groups)) > 1 else f"{groups[0]} groups each"
-    return f"{len(groups)} learned, {between}"
+    return ", ".join([f"{len(groups)} learned", between, *zeros])
 
 
 def _equality(bundle: Bundle) -> Iterator[tuple[str, str]]:
