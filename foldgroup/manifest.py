@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from math import prod
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from foldgroup.bundle import SCHEMA
 from foldgroup.checkpoint import Checkpoint
 from foldgroup.emit.onnx import BATCH, INPUT
 from foldgroup.folding import Folded
 from foldgroup.lowering import Form
-from foldgroup.measure import learned_costs, macs, params
+from foldgroup.measure import layer_costs, learned_costs, macs, params
 from foldgroup.nn.dgconv import DGConv
 from foldgroup.outputs import outputs_of
 from foldgroup.trace import called_module, shape_of
@@ -34,10 +36,10 @@ def manifest_of(
     runs, certificate = (form.graph, form.certificate) if form else (folded.folded, folded.certificate)
     layers = learned_layers(folded, runs)
     executed = macs(runs)
-    packed = sum(layer["executed_macs"] - layer["macs"] for layer in layers)
-    ledger = folded.result.ledger
     records = (record for record in folded.result.records if record.name == "find_groups")
     found = [layer for record in records for layer in record.details.get("layers", ())]
+    packed = sum(layer["executed_macs"] - layer["macs"] for layer in layers) + _packed(found, folded.training, runs)
+    ledger = folded.result.ledger
     free = batch or BATCH
     outputs = [{"name": name, "shape": [free, *shape_of(node)[1:]]} for name, node in outputs_of(folded.folded).items()]
     return {
@@ -63,6 +65,22 @@ def manifest_of(
         "params": {"training": params(folded.training), "folded": params(folded.folded), "executed": params(runs)},
         "certificate": certificate.as_dict(),
     }
+
+
+def _packed(found: Sequence[Mapping[str, Any]], training: fx.GraphModule, runs: fx.GraphModule) -> int:
+    """The MACs of one image that layers with groups in their zeros have more, as they run, than those groups need."""
+    more = 0
+    before, after = layer_costs(training), layer_costs(runs)
+    for layer in found:
+        name = layer["name"]
+        weight = training.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        kept = sum(part["count"] * part["in_width"] * part["out_width"] for part in layer["groups"])
+        dense = sum(cost.macs for cost in before if cost.name == name)
+        parts = re.compile(rf"{re.escape(name)}(_part\d+)*")
+        more += sum(cost.macs for cost in after if parts.fullmatch(cost.name))
+        more -= dense * kept // (weight.shape[0] * weight.shape[1])
+    return more
 
 
 def learned_layers(folded: Folded, runs: fx.GraphModule) -> list[dict[str, Any]]:

@@ -182,7 +182,7 @@ def test_a_layer_of_ones_own_that_masks_its_kernel_is_folded(mask, gates, dtype,
     model = filled(nn.Sequential(conv(3, 8), own, nn.BatchNorm2d(8), nn.ReLU(), conv(8, 4))).to(dtype)
     with torch.no_grad():
         own.gate.copy_(torch.tensor(gates))
-    bundle = compile(model, tmp_path / "own", example_input=(1, 3, 8, 8), engine=False, packing=False)
+    bundle = compile(model, tmp_path / "own", example_input=(1, 3, 8, 8), engine=False)
     kept = torch.count_nonzero(own.mask(own.gate.float())) * 9
     assert bundle.manifest["macs"]["nominal"] == 64 * (3 * 8 + int(kept) + 8 * 4)
     assert bundle.manifest["shuffles"]["kept"] == []
