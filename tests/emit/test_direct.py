@@ -350,6 +350,8 @@ IN_OTHER_NODES: dict[str, tuple[nn.Module | Callable[..., Any], int]] = {
     ),
     "rounded up, without padding": (nn.AvgPool2d(4, 3, 1, ceil_mode=True, count_include_pad=False), 2),
     "rounded up by dilation": (nn.MaxPool1d(3, 4, 1, dilation=3, ceil_mode=True), 1),
+    "unequal windows": (nn.Sequential(nn.AdaptiveAvgPool2d((4, 12)), nn.AdaptiveAvgPool2d((None, 7))), 2),
+    "unequal windows of a signal": (lambda x, _: functional.adaptive_avg_pool1d(x, 5), 1),
     "over axes": (lambda x, _: (x.sum((2, 3)), torch.amax(x, -1, keepdim=True), x.amin(1), x.norm(dim=1)), 2),
     "views": (
         lambda x, _: (x.view(x.size(0), 2, 4, 9, 9).sigmoid(), x.reshape(-1, 8, 81).relu(), x.flatten(2).tanh()),
@@ -448,6 +450,18 @@ def test_what_is_written_in_other_nodes_computes_the_same(name: str) -> None:
     inputs = torch.randn(2, *shape[1:])
     for a, b in zip(run(ours, inputs), run(theirs, inputs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+MISTAKEN: dict[str, nn.Module] = {
+    "another divisor": nn.AvgPool2d(2, divisor_override=3),
+    "another divisor, rounded up": nn.AvgPool2d(4, 3, 1, ceil_mode=True, divisor_override=5),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKEN)
+def test_what_torch_gets_wrong_is_written_right(name: str) -> None:
+    graph = graph_of(MISTAKEN[name])
+    assert_computes(graph, export_onnx(graph, SHAPE), SHAPE)
 
 
 REFUSED: dict[str, tuple[Callable[..., Any], int]] = {
@@ -564,15 +578,17 @@ def hooked() -> nn.Module:
 
 MISSES: dict[str, tuple[nn.Module | Callable[..., Any], str]] = {
     "rounded up far": (nn.MaxPool2d(2, 4, dilation=3, ceil_mode=True), "rounds up by a kernel or more"),
-    "divisor": (nn.AvgPool2d(2, divisor_override=3), "divides by something else"),
-    "average rounded up, with padding": (nn.AvgPool2d(4, 3, 1, ceil_mode=True), "divides by something else"),
+    "average rounded up, with padding": (nn.AvgPool2d(4, 3, 1, ceil_mode=True), "counts some of its padding"),
     "indices": (lambda x, _: functional.max_pool2d(x, 2, return_indices=True)[0], "max_pool2d_with_indices"),
     "subclass": (Doubled(8, 8, 1), "Doubled"),
     "hooks": (hooked(), "hooks"),
     "unknown": (lambda x, _: torch.cumsum(x, 2), "cumsum"),
     "softsign": (nn.Softsign(), "Softsign"),
     "sharper": (nn.Softplus(beta=2), "is sharper"),
-    "other size": (nn.AdaptiveAvgPool2d(4), "pools [9, 9] to 4"),
+    "other volume": (
+        lambda x, _: functional.adaptive_avg_pool3d(x.unsqueeze(1), (8, 4, 4)),
+        "pools [8, 9, 9] to (8, 4, 4)",
+    ),
     "mean of the batch": (lambda x, _: x.mean((0, 1), keepdim=True) + x, "is the mean over"),
     "mean of all": (lambda x, _: x + x.mean(), "arguments that are not known"),
     "mean in another type": (lambda x, _: x.mean(1, dtype=torch.float64).float(), "arguments that are not known"),
@@ -656,7 +672,7 @@ def test_a_near_miss_is_left_to_torch(name: str) -> None:
 
 
 def test_what_is_left_to_torch_is_exported() -> None:
-    graph = graph_of(nn.AdaptiveAvgPool2d(4))
+    graph = graph_of(nn.Softsign())
     model = export_onnx(graph, SHAPE)
     assert not is_direct(model)
     inputs = torch.randn(2, *SHAPE[1:])

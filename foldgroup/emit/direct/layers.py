@@ -164,26 +164,45 @@ def average_pool(writer: Writer, node: fx.Node) -> Value:
     axes = _positions(writer, node, x)
     window = _window(padding, kernel if stride is None else stride, kernel, axes)
     more = _rounded_up(node, x, window) if up else {}
-    if divisor is not None or (more and count and any(window["pads"])):
-        raise Unfamiliar(f"{node.name} divides by something else")
+    if divisor is not None:
+        y = writer.emit(node, "AveragePool", [x], last=False, ceil_mode=0, count_include_pad=1, **window | more)
+        factor = writer.constant(node, prod(window["kernel_shape"]) / divisor, x.dtype)
+        return writer.emit(node, "Mul", [y, factor])
+    if more and count and any(window["pads"]):
+        raise Unfamiliar(f"{node.name} counts some of its padding")
     count = bool(count) and not more
     return writer.emit(node, "AveragePool", [x], ceil_mode=0, count_include_pad=int(count), **window | more)
 
 
 def adaptive_average_pool(writer: Writer, node: fx.Node) -> Value:
-    """To one position the mean over all of them, to others the means of equal windows."""
+    """To one position the mean over all of them, to others the means of equal windows, or of unequal ones as products.
+
+    Window i of n over m positions holds those from ⌊i·m/n⌋ to ⌈(i + 1)·m/n⌉ (torch's documentation of the layer).
+    """
     x, (size,) = writer.setting(node, output_size=None)
     axes = _positions(writer, node, x)
     extent = x.shape[2:]
     sizes = [n or m for n, m in zip(size, extent, strict=True)] if isinstance(size, tuple | list) else [size] * axes
     if all(n == 1 for n in sizes):
         return mean_over(writer, node, x, tuple(range(2, 2 + axes)), True)
-    if any(not isinstance(n, Integral) or m % int(n) for n, m in zip(sizes, extent, strict=True)):
+    if not all(isinstance(n, Integral) for n in sizes) or axes > 2:
         raise Unfamiliar(f"{node.name} pools {list(extent)} to {size}")
-    each = [m // int(n) for n, m in zip(sizes, extent, strict=True)]
+    if any(m % n for n, m in zip(sizes, extent, strict=True)):
+        if axes == 2:
+            rows = writer.constant(node, _means(extent[0], sizes[0]), x.dtype)
+            x = writer.emit(node, "MatMul", [rows, x], shape=(*x.shape[:2], sizes[0], extent[1]), last=False)
+        columns = (*zip(*_means(extent[-1], sizes[-1]), strict=True),)
+        return writer.emit(node, "MatMul", [x, writer.constant(node, columns, x.dtype)])
+    each = [m // n for n, m in zip(sizes, extent, strict=True)]
     if all(n == 1 for n in each):
         return x
     return writer.emit(node, "AveragePool", [x], ceil_mode=0, count_include_pad=1, **_window(0, each, each, axes))
+
+
+def _means(size: int, count: int) -> tuple[tuple[float, ...], ...]:
+    """[count, size]: what each of ``size`` positions adds to the means of so many windows."""
+    ends = [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+    return tuple(tuple((start <= j < end) / (end - start) for j in range(size)) for start, end in ends)
 
 
 def _positions(writer: Writer, node: fx.Node, x: Value) -> int:
