@@ -350,6 +350,8 @@ IN_OTHER_NODES: dict[str, tuple[nn.Module | Callable[..., Any], int]] = {
     ),
     "rounded up, without padding": (nn.AvgPool2d(4, 3, 1, ceil_mode=True, count_include_pad=False), 2),
     "rounded up by dilation": (nn.MaxPool1d(3, 4, 1, dilation=3, ceil_mode=True), 1),
+    "fewer positions in a volume": (nn.AdaptiveAvgPool3d((3, 9, 3)), 3),
+    "copied in another order": (lambda x, _: x.contiguous(memory_format=torch.channels_last).relu(), 2),
     "unequal windows": (nn.Sequential(nn.AdaptiveAvgPool2d((4, 12)), nn.AdaptiveAvgPool2d((None, 7))), 2),
     "unequal windows of a signal": (lambda x, _: functional.adaptive_avg_pool1d(x, 5), 1),
     "over axes": (lambda x, _: (x.sum((2, 3)), torch.amax(x, -1, keepdim=True), x.amin(1), x.norm(dim=1)), 2),

@@ -185,9 +185,10 @@ def adaptive_average_pool(writer: Writer, node: fx.Node) -> Value:
     sizes = [n or m for n, m in zip(size, extent, strict=True)] if isinstance(size, tuple | list) else [size] * axes
     if all(n == 1 for n in sizes):
         return mean_over(writer, node, x, tuple(range(2, 2 + axes)), True)
-    if not all(isinstance(n, Integral) for n in sizes) or axes > 2:
+    uneven = any(m % n for n, m in zip(sizes, extent, strict=True))
+    if uneven and axes == 3:
         raise Unfamiliar(f"{node.name} pools {list(extent)} to {size}")
-    if any(m % n for n, m in zip(sizes, extent, strict=True)):
+    if uneven:
         if axes == 2:
             rows = writer.constant(node, _means(extent[0], sizes[0]), x.dtype)
             x = writer.emit(node, "MatMul", [rows, x], shape=(*x.shape[:2], sizes[0], extent[1]), last=False)

@@ -277,6 +277,11 @@ def nothing(writer: Writer, node: fx.Node) -> Value:
     return writer.only(node)
 
 
+def copied(writer: Writer, node: fx.Node) -> Value:
+    """The same values, wherever and in whichever order they lie in memory."""
+    return writer.setting(node, memory_format=None)[0]
+
+
 def _dropping(*names: str) -> Operation:
     """A dropout that is called as a function, with arguments of these names of which the last says whether it is on."""
 
@@ -312,7 +317,7 @@ def _cast_to(dtype: torch.dtype) -> Operation:
 
 LAYOUT: dict[Any, Operation] = {
     **dict.fromkeys((nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d), nothing),
-    **dict.fromkeys(("contiguous", "detach", "clone", torch.clone), nothing),
+    **dict.fromkeys(("contiguous", "detach", "clone", torch.clone), copied),
     **dict.fromkeys((functional.dropout, functional.dropout2d, functional.dropout3d), _dropping("p", "training")),
     torch.dropout: _dropping("p", "train"),
     torchvision.ops.stochastic_depth: _dropping("p", "mode", "training"),
