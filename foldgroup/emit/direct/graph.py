@@ -68,7 +68,7 @@ class Writer:
         self._sizes = Sizes(given.type.tensor_type.shape.dim[0].dim_value)
         self._outputs = {node: name for name, node in outputs.items()}
         self._tensors: dict[Any, Value] = {}
-        self._values = {given.name, *outputs}
+        self._taken = {given.name, *outputs}
         self._names: set[str] = set()
         self._used: Counter[str] = Counter()
         self._weighted = {name for name in layers if isinstance(graph.get_submodule(name), _ConvNd | nn.Linear)}
@@ -241,9 +241,9 @@ class Writer:
                 return name
 
     def _unique(self, name: str) -> str:
-        while name in self._values:
+        while name in self._taken:
             name += ":0"
-        self._values.add(name)
+        self._taken.add(name)
         return name
 
 

@@ -209,7 +209,8 @@ def _means(size: int, count: int) -> tuple[tuple[float, ...], ...]:
 def _positions(writer: Writer, node: fx.Node, x: Value) -> int:
     """How many axes are pooled, which a class or function is named after, of ``x`` [N, C, …]."""
     module = called_module(writer.graph, node)
-    axes = int((type(module).__name__ if module is not None else node.target.__name__)[-2])  # type: ignore[union-attr]
+    kind: Any = node.target if module is None else type(module)
+    axes = int(kind.__name__[-2])
     if len(x.shape) != axes + 2:
         raise Unfamiliar(f"{node.target} is applied to {len(x.shape)} axes")
     return axes

@@ -41,9 +41,6 @@ class Sizes:
         self._batches = (batch,) if batch else _BATCHES
         self._known: dict[fx.Node, tuple[Any, ...]] = {}
 
-    def __contains__(self, node: object) -> bool:
-        return node in self._known
-
     def ask(self, node: fx.Node, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Learn what ``node`` asks of a tensor that has this shape for one image."""
         tensors = [torch.empty((batch * shape[0], *shape[1:]), dtype=dtype, device="meta") for batch in self._batches]
