@@ -35,15 +35,21 @@ form, and nothing in one that leaves the weight out. Nothing here calls a pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from foldgroup import rules as ops
-from foldgroup.channel_order import ChannelOrder
+from foldgroup.claims import (
+    Certificate,
+    Claim,
+    Held,
+    attribute,
+    index_of,
+    normalises,
+    noted_channels,
+    order_applied,
+)
 from foldgroup.errors import FoldgroupError
 from foldgroup.forms import (
     ChannelSelect,
@@ -60,53 +66,6 @@ from foldgroup.trace import attach_shapes, called_module, fork, is_no_op, shape_
 from foldgroup.weights import NORMS, Refuted, check_module, check_weights, equal_bits, require
 
 _MASKED = (MaskedConv1d, MaskedConv2d, MaskedConv3d)
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A node holds the channels ``index`` of the training form's ``source`` along ``axis``; None without channels."""
-
-    source: str
-    axis: int | None
-    index: Tensor | None
-
-    @property
-    def in_order(self) -> bool:
-        """Whether its channels are the first of the source's, as they were."""
-        return self.index is None or torch.equal(self.index, torch.arange(len(self.index)))
-
-    def of(self, value: Tensor) -> Tensor:
-        """What the node must hold if the source holds ``value``."""
-        return value if self.index is None or self.axis is None else value.index_select(self.axis, self.index)
-
-
-@dataclass
-class Certificate:
-    """What was proven, or the first step that could not be.
-
-    Counts: ``nodes`` granted a claim, ``orders`` that are not the identity, ``layers`` whose weights were compared,
-    ``weights_kept`` bit-equal to their source, ``weights_pruned`` left out because the mask is zero there.
-    """
-
-    nodes: int = 0
-    orders: int = 0
-    layers: int = 0
-    weights_kept: int = 0
-    weights_pruned: int = 0
-    failure: str | None = None
-    """The layer and what is wrong with it; None if the certificate holds."""
-    claims: dict[str, Claim] = field(default_factory=dict, repr=False)
-    """For every node granted a claim."""
-
-    @property
-    def holds(self) -> bool:
-        """Whether every claim was granted."""
-        return self.failure is None
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the manifest."""
-        names = ("holds", "nodes", "orders", "layers", "weights_kept", "weights_pruned")
-        return {name: getattr(self, name) for name in names} | ({} if self.holds else {"failure": self.failure})
 
 
 _NOT_PROVEN = (
@@ -152,14 +111,6 @@ def _check_shapes(training: fx.GraphModule, compiled: fx.GraphModule) -> None:
             raise Refuted(f"{node.name}: its shape is noted as {shape} for {shape_of(node)}")
 
 
-@dataclass(frozen=True)
-class _Held:
-    """A claim while it is worked with: the training node, which is no no-op and no reshaped shuffle."""
-
-    node: fx.Node
-    index: Tensor | None
-
-
 class _Proof:
     """The claims granted so far."""
 
@@ -170,7 +121,7 @@ class _Proof:
         self.sources = {node.name: node for node in training.graph.nodes}
         self.training_rules, self.axes = rules_of(training, to_change=False)
         self.rules, self.our_axes = rules_of(compiled, to_change=False)
-        self.held: dict[fx.Node, _Held] = {}
+        self.held: dict[fx.Node, Held] = {}
         self._bases: dict[fx.Node, tuple[fx.Node, Tensor | None]] = {}
 
     def grant(self, node: fx.Node) -> None:
@@ -224,10 +175,10 @@ class _Proof:
         axis = self.axes[node]
         return None if axis is None else torch.arange(shape_of(node)[axis])
 
-    def _canonical(self, source: fx.Node, index: Tensor | None) -> _Held:
+    def _canonical(self, source: fx.Node, index: Tensor | None) -> Held:
         """A claim on ``source`` as one on what is behind it."""
         base, moved = self._base(source)
-        return _Held(base, index if moved is None or index is None else moved[index])
+        return Held(base, index if moved is None or index is None else moved[index])
 
     def _seen(self, ours: fx.Node, theirs: fx.Node) -> Tensor | None:
         """The channels of the training operand ``theirs`` that our operand holds."""
@@ -259,23 +210,23 @@ class _Proof:
         same = ours == theirs and repr(ours) == repr(theirs)  # 1, 1.0 and True are equal but for their text
         require(same, f"it does not compute {source.name} from {source.args}")
 
-    def _claim(self, node: fx.Node) -> _Held:
+    def _claim(self, node: fx.Node) -> Held:
         module = called_module(self.compiled, node)
         rule = self.rules[node]
         if type(module) is ChannelSelect:
             (given,) = (self.held[operand] for operand in node.all_input_nodes)
             require(self.axes[given.node] == 1, "it selects along dimension 1, not the channels")
-            index = _index_of(given)
+            index = index_of(given)
             require(module.index.dtype in (torch.int32, torch.int64), "it selects by what are no numbers of channels")
             inside = module.index.ndim == 1 and bool(((module.index >= 0) & (module.index < len(index))).all())
             require(inside, f"it selects channels that are not among {len(index)}")
-            return _Held(given.node, index[module.index])
+            return Held(given.node, index[module.index])
         if type(module) is ChannelShuffle:
             (given,) = (self.held[operand] for operand in node.all_input_nodes)
             require(module.dim == self.axes[given.node], f"it reorders dimension {module.dim}, not the channels")
-            index, order = _index_of(given), _carried_out(module).index
+            index, order = index_of(given), order_applied(module).index
             require(len(index) == len(order), f"it reorders {len(order)} channels of {len(index)}")
-            return _Held(given.node, index[order])
+            return Held(given.node, index[order])
         source = self.sources.get(node.meta.get("origin", ""))
         if source is None:
             raise Refuted("it stands for no node of the training form")
@@ -289,13 +240,13 @@ class _Proof:
         self._check_operands(node, source)
         return self._canonical(source, self._result(node, rule, source, module))
 
-    def _selection(self, node: fx.Node, rule: ops.Rule, source: fx.Node) -> _Held | None:
+    def _selection(self, node: fx.Node, rule: ops.Rule, source: fx.Node) -> Held | None:
         """Slices and concatenations that a pass has put in: they move channels of one training node about."""
         base = self._base(source)[0]
         if isinstance(rule, ops.Takes) and self.held[rule.operand].node is base:
-            return _Held(base, _index_of(self.held[rule.operand])[rule.start : rule.stop])
+            return Held(base, index_of(self.held[rule.operand])[rule.start : rule.stop])
         if isinstance(rule, ops.Joins) and all(self.held[operand].node is base for operand in rule.operands):
-            return _Held(base, torch.cat([_index_of(self.held[operand]) for operand in rule.operands]))
+            return Held(base, torch.cat([index_of(self.held[operand]) for operand in rule.operands]))
         return None
 
     def _result(self, node: fx.Node, rule: ops.Rule, source: fx.Node, module: nn.Module | None) -> Tensor | None:
@@ -322,7 +273,7 @@ class _Proof:
                 self._check_whole(first, source)
                 runs = first.reshape(rule.groups, -1) // (len(first) // rule.groups)
                 require(bool((runs == runs[:, :1]).all()), "it normalises over channels of different groups")
-            elif _normalises(module, node):
+            elif normalises(module, node):
                 self._check_whole(first, source)
             check_module(original, module, first if rule.carries else None)
             return first
@@ -380,17 +331,17 @@ class _Proof:
         require(torch.equal(index.sort().values, torch.arange(size)), "it does not have all channels")
 
     def _constant(self, node: fx.Node, source: fx.Node) -> Tensor | None:
-        tensor, original = _attribute(self.compiled, node), _attribute(self.training, source)
+        tensor, original = attribute(self.compiled, node), attribute(self.training, source)
         axis, index = self.axes[source], self._whole(source)
         if axis is not None and "out_order" in node.meta:
-            index = _numbers(node.meta["out_order"].source, original.shape[axis])
+            index = noted_channels(node.meta["out_order"].source, original.shape[axis])
             original = original.index_select(axis, index)
         require(equal_bits(tensor, original), "its tensor differs from the training form's")
         return index
 
     # ---- layers with weights ---------------------------------------------------------------------------------
 
-    def _layer(self, node: fx.Node, module: nn.Module, rule: ops.Rule, source: fx.Node) -> _Held:
+    def _layer(self, node: fx.Node, module: nn.Module, rule: ops.Rule, source: fx.Node) -> Held:
         """A convolution or linear layer, which may have taken in a batch norm."""
         assert isinstance(module, _ConvNd | nn.Linear)
         norm = called_module(self.training, source)
@@ -410,9 +361,9 @@ class _Proof:
         if isinstance(rule, ops.Through) and not {"out_index", "out_order"} & node.meta.keys():
             after = (before[:, None] * rule.repeat + torch.arange(rule.repeat)).reshape(-1)
         elif "out_index" in node.meta:
-            after = _numbers(node.meta["out_index"], shape_of(conv)[self.axes[conv] or 1])
+            after = noted_channels(node.meta["out_index"], shape_of(conv)[self.axes[conv] or 1])
         elif "out_order" in node.meta:
-            after = _numbers(node.meta["out_order"].source, shape_of(conv)[self.axes[conv] or 1])
+            after = noted_channels(node.meta["out_order"].source, shape_of(conv)[self.axes[conv] or 1])
         original = called_module(self.training, conv)
         of_norm = after if moved is None else torch.argsort(moved)[after]  # a shuffle of the network's own between them
         check_weights(module, original, norm, before, after, of_norm, self.certificate)
@@ -422,44 +373,3 @@ class _Proof:
         """Whether a masked convolution reads [N, C, …] with the channels where it takes them to be."""
         operand = node.all_input_nodes[0]
         return len(shape_of(operand)) == len(module.kernel_size) + 2 and self.axes[self.held[operand].node] == 1
-
-
-def _numbers(given: object, size: int) -> Tensor:
-    """Channel numbers that a pass has noted."""
-    numbers = given if isinstance(given, tuple) else ()
-    fits = numbers and all(type(n) is int and 0 <= n < size for n in numbers)
-    require(bool(fits), f"what is noted of its channels are no numbers below {size}")
-    return torch.tensor(numbers)
-
-
-def _normalises(module: nn.Module | None, node: fx.Node) -> bool:
-    """Whether the operation sums over channels on the way."""
-    name = str(getattr(node.target, "__name__", node.target))
-    over = nn.GroupNorm | nn.LayerNorm | nn.Softmax | nn.Softmax2d | nn.LogSoftmax | nn.Softmin
-    return isinstance(module, over) or name in (*("softmax", "log_softmax", "layer_norm", "normalize"),)
-
-
-def _index_of(held: _Held) -> Tensor:
-    if held.index is None:
-        raise Refuted(f"it reads {held.node.name}, which has no channels")
-    return held.index
-
-
-def _carried_out(shuffle: ChannelShuffle) -> ChannelOrder:
-    """The order that ``shuffle`` applies, from what its forward uses."""
-    if shuffle.digits is not None:
-        order = ChannelOrder.from_digits(shuffle.digits.radices, shuffle.digits.axes)
-    else:
-        assert shuffle.index is not None
-        order = ChannelOrder(tuple(shuffle.index.tolist()))
-    require(order == shuffle.order, "it applies another order than it says")
-    return order
-
-
-def _attribute(graph: fx.GraphModule, node: fx.Node) -> Tensor:
-    value: Any = graph
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    require(isinstance(value, Tensor), "an attribute that is no tensor")
-    assert isinstance(value, Tensor)
-    return value

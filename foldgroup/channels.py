@@ -24,7 +24,7 @@ from foldgroup import rules as ops
 from foldgroup.channel_order import ChannelOrder
 from foldgroup.conv_shape import conv_shape
 from foldgroup.forms import ChannelShuffle
-from foldgroup.grouping import prime_factors
+from foldgroup.grouping import group_digits, prime_factors
 from foldgroup.planning.problem import Flag, Link, Mount, Problem, Tie
 from foldgroup.segments import Bond, Index, Mounting, Segment, SegmentGraph, passed
 from foldgroup.trace import called_module
@@ -124,7 +124,10 @@ class ChannelGraph(SegmentGraph):
         for node, reads, writes, groups in self._links:
             found = []
             for size, ins, outs in zip(
-                prime_factors(groups), _digits_of(reads.width, groups), _digits_of(writes.width, groups), strict=True
+                prime_factors(groups),
+                group_digits(reads.width, groups),
+                group_digits(writes.width, groups),
+                strict=True,
             ):
                 a, b = name.digit(reads, ins, size), name.digit(writes, outs, size)
                 if not name.relate(a, b):
@@ -136,7 +139,7 @@ class ChannelGraph(SegmentGraph):
         for mounting in self._mountings:
             self._mount(mounting, ports[mounting.port.site], name)
         wanted = [
-            (s, [name.digit(s, v, n) for n, v in zip(prime_factors(g), _digits_of(s.width, g), strict=True)])
+            (s, [name.digit(s, v, size) for v, size in zip(group_digits(s.width, g), prime_factors(g), strict=True)])
             for s, g in self._wanted
         ]
         first = name.first()
@@ -369,16 +372,6 @@ class _Namer:
     def first(self) -> dict[int, int]:
         """For every name that of its digit: the least of the names that are one."""
         return {name: min(group) for group in self.same.to_sets() for name in group}
-
-
-def _digits_of(width: int, groups: int) -> list[Index]:
-    """The digits of the number of a channel's group, most significant first, as functions of the channel."""
-    group = np.arange(width) // (width // groups)
-    digits, left = [], groups
-    for size in prime_factors(groups):
-        left //= size
-        digits.append(group // left % size)
-    return digits
 
 
 def _breadth_first(ties: nx.MultiGraph, root: int) -> Iterator[tuple[int, int, Bond]]:

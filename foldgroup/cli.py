@@ -1,4 +1,4 @@
-"""The command line: one function a verb. The only place that prints.
+"""The command line: one function a verb. Only this and :mod:`foldgroup.console` print.
 
 Results go to standard output, progress and errors to standard error. Exit status: 0 done; 1 a check failed; 2 bad
 usage or input, with one message and nothing written.
@@ -7,18 +7,15 @@ usage or input, with one message and nothing written.
 from __future__ import annotations
 
 import gc
-import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from foldgroup.console import display, errors_are_messages, progress, reads_bundle
 from foldgroup.errors import EquivalenceError, FoldgroupError
 from foldgroup.json_file import check_json_place, write_json
 from foldgroup.options import (
@@ -40,50 +37,6 @@ from foldgroup.options import (
 if TYPE_CHECKING:
     from foldgroup.training.deployment import Deployment
     from foldgroup.verifier import Verification
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _errors_are_messages(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn a FoldgroupError into one message and its exit status."""
-
-    @wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return function(*args, **kwargs)
-        except FoldgroupError as error:
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(error.exit_status)
-        except KeyboardInterrupt:
-            click.echo("Interrupted; nothing was written", err=True)
-            sys.exit(130)
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch has no class for it
-                raise
-            click.echo(f"Error: this machine has too little memory ({error}): use a smaller input or batch", err=True)
-            sys.exit(2)
-
-    return wrapper
-
-
-def _reads_bundle(function: Callable[P, R]) -> Callable[P, R]:
-    """Lay what fails on the documents of the bundle given: not all of them have a hash, and they can hold anything."""
-
-    @wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return function(*args, **kwargs)
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-            paths: Any = kwargs.get("paths") or [kwargs.get("bundle") or kwargs["path"]]
-            if not paths[-1].is_dir():
-                raise
-            raise FoldgroupError(
-                f"{paths[-1]}: it holds something that foldgroup does not write ({error!r}): compile again; if that "
-                "does not help, the mistake is foldgroup's"
-            ) from error
-
-    return wrapper
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -108,8 +61,8 @@ def main() -> None:
 @reading_options
 @input_options
 @json_option
-@_errors_are_messages
-@_reads_bundle
+@errors_are_messages
+@reads_bundle
 def inspect(path: Path, as_json: bool, **reading: Any) -> None:
     """Show the groups that a CHECKPOINT or BUNDLE has learned, or that a run has by its --json-log, layer by layer."""
     from foldgroup.training.log_reader import is_log, read_log
@@ -118,13 +71,13 @@ def inspect(path: Path, as_json: bool, **reading: Any) -> None:
         from foldgroup.report.training_log import training_log_table
 
         log = read_log(path, **reading)
-        _show(log.as_dict() if as_json else training_log_table(log))
+        display(log.as_dict() if as_json else training_log_table(log))
         return
     from foldgroup.inspection import inspect as run
     from foldgroup.report.tables import inspection_table
 
     inspection = run(path, **reading)
-    _show(inspection.as_dict() if as_json else inspection_table(inspection))
+    display(inspection.as_dict() if as_json else inspection_table(inspection))
 
 
 @main.command()
@@ -142,7 +95,7 @@ def inspect(path: Path, as_json: bool, **reading: Any) -> None:
 @click.option("--check-passes", is_flag=True, help="Prove and run the graph after every pass.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @json_option
-@_errors_are_messages
+@errors_are_messages
 def compile(
     checkpoint: Path,
     gpu: tuple[str, ...],
@@ -161,7 +114,7 @@ def compile(
 
     if gpu and no_engine:
         raise click.UsageError("--gpu says what the engine is for, --no-engine leaves it out: give one of them")
-    with _progress("compile") as step:
+    with progress("compile") as step:
         from foldgroup.compiler import compile as run
         from foldgroup.engines import EngineSettings
 
@@ -181,7 +134,7 @@ def compile(
             on_step=step,
             **options,
         )
-    _show(bundle.manifest if as_json else compile_summary(bundle))
+    display(bundle.manifest if as_json else compile_summary(bundle))
 
 
 @main.command()
@@ -190,8 +143,8 @@ def compile(
 @run_on_option
 @click.option("--data", type=ExistingPath, help="Folder of labelled images, one sub-folder per class.")
 @json_option
-@_errors_are_messages
-@_reads_bundle
+@errors_are_messages
+@reads_bundle
 def verify(
     paths: tuple[Path, ...], model: str | None, target: tuple[str, ...], data: Path | None, as_json: bool
 ) -> None:
@@ -202,12 +155,12 @@ def verify(
         raise click.UsageError("give a bundle, or a checkpoint and a bundle")
     if model is not None and len(paths) == 1:
         raise click.UsageError("--model builds the network of a checkpoint: give that too, before the bundle")
-    with _progress("verify") as step:
+    with progress("verify") as step:
         from foldgroup.verifier import verify as run
 
         checkpoint = paths[0] if len(paths) == 2 else None
         verification = run(paths[-1], checkpoint, model=model, target=target, data=data, on_step=step)
-    _show(verification.as_dict() if as_json else verification_table(verification))
+    display(verification.as_dict() if as_json else verification_table(verification))
     _require(verification, paths[-1])
 
 
@@ -223,8 +176,8 @@ def verify(
 @click.option("--seconds", type=Number(1), default=60, show_default=True, help="Time to spend, at most.")
 @click.option("--json", "json_file", type=ExistingPath, help="Also write the results here; - for standard output only.")
 @click.option("--baseline", type=ExistingPath, help="An earlier --json file to compare with, measured the same way.")
-@_errors_are_messages
-@_reads_bundle
+@errors_are_messages
+@reads_bundle
 def bench(
     bundle: Path,
     against: tuple[str, ...],
@@ -240,7 +193,7 @@ def bench(
     from foldgroup.report.tables import benchmark_table, comparison_table
 
     check_json_place(json_file)
-    with _progress("bench") as step:
+    with progress("bench") as step:
         from foldgroup.benchmarking import benchmark as run
         from foldgroup.earlier import compare, read_report
 
@@ -260,9 +213,9 @@ def bench(
     document |= {"since_baseline": [asdict(change) for change in changes]} if earlier is not None else {}
     if json_file is not None and str(json_file) != "-":
         write_json(json_file, document)
-    _show(document if str(json_file) == "-" else benchmark_table(report))
+    display(document if str(json_file) == "-" else benchmark_table(report))
     if changes and str(json_file) != "-":
-        _show(comparison_table(changes))
+        display(comparison_table(changes))
 
 
 @main.command()
@@ -271,23 +224,23 @@ def bench(
 @click.option("--target", help="Where to run it, such as openvino:int8.  [default: the first that can run here]")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes to show.")
 @json_option
-@_errors_are_messages
-@_reads_bundle
+@errors_are_messages
+@reads_bundle
 def run(bundle: Path, images: tuple[Path, ...], target: str | None, top: int, as_json: bool) -> None:
     """Show what BUNDLE sees in IMAGES: the likeliest classes of each."""
     from foldgroup.predict import predict_with
     from foldgroup.report.tables import prediction_table
 
-    with _progress("run"):
+    with progress("run"):
         predictions = predict_with(bundle, images, target=target, top=top)
-    _show([p.as_dict() for p in predictions] if as_json else prediction_table(predictions))
+    display([p.as_dict() for p in predictions] if as_json else prediction_table(predictions))
 
 
 @main.command()
 @click.argument("bundle", type=ExistingPath)
 @click.option("--dot", is_flag=True, help="Draw the channel spaces instead, in Graphviz's language.")
-@_errors_are_messages
-@_reads_bundle
+@errors_are_messages
+@reads_bundle
 def explain(bundle: Path, dot: bool) -> None:
     """Tell what each pass did to BUNDLE, and why it left what it left."""
     from foldgroup.bundle import read_bundle
@@ -297,17 +250,17 @@ def explain(bundle: Path, dot: bool) -> None:
     if dot:
         click.echo(plan_dot(read_bundle(bundle)))
     else:
-        _show(explain_report(read_bundle(bundle)))
+        display(explain_report(read_bundle(bundle)))
 
 
 @main.command()
 @click.argument("checkpoint", type=ExistingPath)
 @reading_options
 @input_options
-@_errors_are_messages
+@errors_are_messages
 def bisect(checkpoint: Path, **reading: Any) -> None:
     """Name the first pass after which the network is no longer the trained one."""
-    with _progress("bisect") as step:
+    with progress("bisect") as step:
         from foldgroup.folding import bisect as run
 
         guilty = run(checkpoint, on_step=step, **reading)
@@ -327,7 +280,7 @@ def bisect(checkpoint: Path, **reading: Any) -> None:
     type=ExistingPath,
     help="The database.  [default: in the user's cache, or $FOLDGROUP_TUNING_DB]",
 )
-@_errors_are_messages
+@errors_are_messages
 def tune(show: bool, export: Path | None, merge: tuple[Path, ...], database: Path | None) -> None:
     """Look into the times that 'foldgroup compile --tune' has measured, or move them between machines."""
     from foldgroup.report.tuning import tuning_table
@@ -345,18 +298,18 @@ def tune(show: bool, export: Path | None, merge: tuple[Path, ...], database: Pat
         click.echo(f"{other}: {taken} layers new or measured longer", err=True)
     if export is not None:
         if str(export) == "-":
-            _show(opened.export())
+            display(opened.export())
         else:
             write_json(export, opened.export())
     if show:
-        _show(tuning_table(opened))
+        display(tuning_table(opened))
 
 
 @main.command()
 @click.argument("folder", type=ExistingPath)
 @click.option("-o", "--output", type=ExistingPath, required=True, help="Checkpoint to write.")
 @training_options
-@_errors_are_messages
+@errors_are_messages
 def train(
     folder: Path,
     output: Path,
@@ -414,9 +367,9 @@ def _deploy(deployment: Deployment, checkpoint: Path, bundle: Path) -> None:
     """Compile what was trained, and say what came of it."""
     from foldgroup.report.tables import compile_summary
 
-    with _progress("compile") as step:
+    with progress("compile") as step:
         made, verification = deployment.run(checkpoint, step)
-    _show(compile_summary(made))
+    display(compile_summary(made))
     _require(verification, bundle)
 
 
@@ -425,26 +378,6 @@ def _require(verification: Verification, bundle: Path) -> None:
     if not verification:
         failed = [check.name for check in verification.checks if check.passed is False]
         raise EquivalenceError(f"{bundle}: failed: {', '.join(failed)}")
-
-
-@contextmanager
-def _progress(verb: str) -> Iterator[Callable[[str], None]]:
-    """A spinner with the last finished step, or the one that ends in "…", on a terminal; silent elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with console.status(f"{verb}: starting") as status:
-        yield lambda step: status.update(f"{verb}: {step}" if step.endswith("…") else f"{verb}: {step} done")
-
-
-def _show(result: Any) -> None:
-    """Print a JSON document, or something for people."""
-    if isinstance(result, dict | list):
-        click.echo(json.dumps(result, indent=1, sort_keys=True, ensure_ascii=False))
-        return
-    from rich.console import Console
-
-    Console(highlight=False).print(result)
 
 
 if __name__ == "__main__":

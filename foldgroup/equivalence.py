@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from foldgroup.certificate import Certificate, certify
+from foldgroup.certificate import certify
+from foldgroup.claims import Certificate
 from foldgroup.errors import EquivalenceError
 from foldgroup.evaluation import evaluate, evaluate_rounded
 from foldgroup.outputs import flat

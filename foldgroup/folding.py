@@ -12,8 +12,9 @@ from typing import Literal
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from foldgroup.certificate import Certificate, certify
+from foldgroup.certificate import certify
 from foldgroup.checkpoint import Checkpoint, load_network
+from foldgroup.claims import Certificate
 from foldgroup.equivalence import (
     FLOAT64_LIMIT,
     first_layer_over,

@@ -57,6 +57,19 @@ def factorize(in_channels: int, out_channels: int) -> tuple[Factor, ...]:
     return square if rest == (1, 1) else (*square, rest)
 
 
+def group_digits(channels: int, groups: int) -> list[npt.NDArray[np.int64]]:
+    """The digits of a channel's group number, most significant first, as functions of the channel: [channels] each.
+
+    Groups are contiguous, and digit k counts to the k-th of ``prime_factors(groups)``.
+    """
+    group = np.arange(channels) // (channels // groups)
+    digits, left = [], groups
+    for size in prime_factors(groups):
+        left //= size
+        digits.append(group // left % size)
+    return digits
+
+
 def kronecker_mask(factors: Sequence[Factor], bits: Sequence[int]) -> npt.NDArray[np.bool_]:
     """The mask U of eq. 7, shape [C_in, C_out], straight from its definition.
 

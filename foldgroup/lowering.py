@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import fx
 
-from foldgroup.certificate import Certificate, certify
+from foldgroup.certificate import certify
+from foldgroup.claims import Certificate
 from foldgroup.conv_shape import Choose, Execution
 from foldgroup.emit.onnx import export_onnx
 from foldgroup.emit.precision import DTYPES, layers_named, typed

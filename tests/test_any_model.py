@@ -569,7 +569,7 @@ def test_nothing_in_a_checkpoint_is_run(own: Path) -> None:
 
 def test_a_spoiled_pass_is_named_with_the_command_that_finds_it(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(weights(own), own / "net.pt")
-    from foldgroup.certificate import Certificate
+    from foldgroup.claims import Certificate
 
     for module in ("folding", "lowering"):
         monkeypatch.setattr(f"foldgroup.{module}.certify", lambda *_: Certificate(failure="it is spoiled"))

@@ -37,9 +37,10 @@ from hypothesis import strategies as st
 from strategies import quick
 from torch import Tensor, fx, nn
 
-from foldgroup.certificate import Claim, certify
+from foldgroup.certificate import certify
 from foldgroup.channel_order import ChannelOrder
 from foldgroup.channels import ChannelGraph
+from foldgroup.claims import Claim
 from foldgroup.forms import MaskedConv2d, conv_like, with_tensors
 from foldgroup.nn import DGConv2d
 from foldgroup.pipeline import Pipeline
