@@ -248,8 +248,18 @@ def read_bundle(path: Path) -> Bundle:
     """Open the bundle at ``path``.
 
     Raises:
-        BundleError: if it is no bundle, or one of a newer schema.
+        BundleError: if it is no bundle, or one of another schema.
     """
+    bundle = _open(path)
+    schema = bundle.manifest["schema"]
+    if schema != SCHEMA:
+        advice = "use a newer foldgroup" if schema > SCHEMA else "compile again"
+        raise BundleError(f"{path}: schema {schema}, this foldgroup reads {SCHEMA}; {advice}")
+    return bundle
+
+
+def _open(path: Path) -> Bundle:
+    """The bundle at ``path``, of any schema."""
     if not path.exists():
         raise BundleError(f"{path}: there is no such bundle; make one with 'foldgroup compile CHECKPOINT -o {path}'")
     if not (path / MANIFEST).is_file():
@@ -257,8 +267,6 @@ def read_bundle(path: Path) -> Bundle:
     manifest = _read_json(path / MANIFEST)
     if not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("schema"), int):
         raise BundleError(f"{path / MANIFEST}: not a foldgroup manifest; compile again")
-    if manifest["schema"] != SCHEMA:
-        raise BundleError(f"{path}: schema {manifest['schema']}, this foldgroup reads {SCHEMA}; use a newer foldgroup")
     return Bundle(path, manifest)
 
 
@@ -286,7 +294,7 @@ def check_target(path: Path, *, force: bool, option: str = "-o") -> None:
             f"{path}: cannot be written ({error.strerror}); choose another place with {option}"
         ) from error
     try:
-        there = read_bundle(path)
+        there = _open(path)
     except BundleError as error:
         raise BundleError(
             f"{path}: exists and is no bundle, so it is left alone; choose another place with {option}"

@@ -93,6 +93,12 @@ class Golden:
                 outputs = flat(model(self.inputs.to(dtype, copy=True)))
         except (Exception, SystemExit) as error:  # a network raises what it likes
             raise TraceError(f"the network itself does not run on {list(self.inputs.shape)}: {error}") from error
+        if not all(bool(output.isfinite().all()) for output in outputs):
+            raise TraceError(
+                f"the trained network overflows in {dtype} for normal random inputs of shape "
+                f"{list(self.inputs.shape)}: nothing can be compared with that; use a checkpoint from before training "
+                "diverged"
+            )
         limit = LIMITS["fp32"].max_error
         if outputs_error(outputs, self.outputs) <= limit:
             return

@@ -242,7 +242,7 @@ class NetworkTuner:
             except TuningError as error:
                 self.notes[str(variant)] = str(error)
         if first is None:
-            raise TuningError(f"there is nothing to tune for: {'; '.join(self.notes.values())}")
+            raise TuningError(f"nothing can be tuned: {'; '.join(self.notes.values())}")
         for variant, plan in untuned.items():
             left = Tuned(variant, replace(first, table=plan.table), reason=self.notes.get(str(variant), ""))
             found.setdefault(variant, left)

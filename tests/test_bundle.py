@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -159,10 +158,17 @@ def test_a_document_without_what_it_should_hold_is_one_clear_error(tmp_path: Pat
         getattr(Bundle(tmp_path, {}), name)
 
 
-def test_a_bundle_of_a_newer_schema_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"schema": 2, "files": {}}))
-    with pytest.raises(BundleError, match="newer foldgroup"):
-        read_bundle(tmp_path)
+@pytest.mark.parametrize("schema, advice", [(2, "use a newer foldgroup"), (0, "compile again")])
+def test_a_bundle_of_another_schema_is_not_read_and_can_be_replaced(tmp_path: Path, schema: int, advice: str) -> None:
+    place = tmp_path / "b"
+    write_bundle(place, files())
+    (place / "manifest.json").write_bytes(to_json({"schema": schema, "files": {"model.onnx": file_entry(b"model")}}))
+    with pytest.raises(BundleError, match=advice):
+        read_bundle(place)
+    with pytest.raises(BundleError, match="--force"):
+        write_bundle(place, files(b"new"))
+    write_bundle(place, files(b"new"), force=True)
+    assert (place / "model.onnx").read_bytes() == b"new"
 
 
 def test_json_is_stable() -> None:

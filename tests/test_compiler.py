@@ -488,6 +488,16 @@ def test_a_network_that_gives_no_numbers_is_said_to(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_network_that_overflows_as_it_was_trained_is_said_to(tmp_path: Path) -> None:
+    """In float64, which proofs are made in, it does not."""
+    model = nn.Sequential(learned(8, 8, (1, 0, 0)), Call(lambda x: x * 1e30 * 1e30))
+    with pytest.raises(
+        TraceError, match=r"the trained network overflows in torch\.float32 .* before training diverged"
+    ):
+        compile(filled(model), tmp_path / "b", example_input=(1, 8, 6, 6), engine=False)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_network_in_float64_is_rounded_wherever_it_keeps_its_tensors(tmp_path: Path, precision: str) -> None:
     model = filled(nn.Sequential(learned(8, 8, (1, 0, 0)), Scale(8, 1, 1), conv(8, 4))).double()

@@ -117,7 +117,7 @@ def test_a_gpu_that_is_not_there_cannot_be_tuned_for(tiny_checkpoint: Path, tmp_
         pytest.skip("there is a GPU")
     place = ("-o", tmp_path / "b", "--tune-db", tmp_path / "times.sqlite")
     words = mistaken(run("compile", tiny_checkpoint, *place, "--tune", "--target", "tensorrt-rtx"))
-    assert "nothing to tune for" in words and "needs an NVIDIA GPU" in words
+    assert "nothing can be tuned" in words and "needs an NVIDIA GPU" in words
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,7 +129,7 @@ def test_a_target_that_cannot_be_timed_says_why(target: str, tiny_checkpoint: Pa
     result = run("compile", tiny_checkpoint, *place, "--tune", "--tune-budget", "0.1s", "--target", target)
     if target == "openvino-gpu" and result.exit_code == 0:
         pytest.skip("there is a GPU for OpenVINO")
-    assert f"nothing to tune for: {target} fp32 cannot be t" in mistaken(result)
+    assert f"nothing can be tuned: {target} fp32 cannot be t" in mistaken(result)
     assert list(tmp_path.iterdir()) == []
 
 

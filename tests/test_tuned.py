@@ -321,7 +321,7 @@ class TestSeveralVariants:
 
     def test_if_none_can_be_timed_the_reasons_are_named(self, runtime: Make, untuned: dict[Variant, Plan]) -> None:
         made = runtime({}, {ORT: TuningError("no runtime"), OPENVINO: TuningError("no licence")})
-        with pytest.raises(TuningError, match="nothing to tune for: no runtime; no licence"):
+        with pytest.raises(TuningError, match="nothing can be tuned: no runtime; no licence"):
             made.tune(untuned)
 
 

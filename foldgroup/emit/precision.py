@@ -70,10 +70,12 @@ def _rounded(tensor: Tensor, dtype: torch.dtype, layer: str) -> Tensor:
     rounded = tensor.detach().to(dtype)
     if bool(torch.isinf(rounded).any()) and not bool(torch.isinf(tensor).any()):
         largest = float(tensor.detach().abs().max())
-        raise EmitError(
-            f"{layer}: a weight of {largest:.3g} is too large for {dtype}: keep the layer in float with "
-            f"--keep-float {layer}, or use bf16"
+        advice = (
+            "use a checkpoint from before training diverged"
+            if dtype == torch.float32
+            else f"keep the layer in float with --keep-float {layer}, or use bf16"
         )
+        raise EmitError(f"{layer}: a weight of {largest:.3g} is too large for {dtype}: {advice}")
     return rounded
 
 

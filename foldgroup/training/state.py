@@ -67,8 +67,10 @@ def read_state(path: Path, config: TrainConfig) -> dict[str, Any]:
         document: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         stored, version = document["config"], document.get("format", 1)
         other = changed(stored, config)
-    except Exception as error:  # a damaged file may raise anything
-        raise _useless(path, error) from error
+    except Exception as error:  # a damaged file may raise anything, and torch's advice is to run its code
+        raise TrainingError(
+            f"{path}: is damaged, or nothing that training has written; leave --resume out to start again"
+        ) from error
     if version != FORMAT:
         raise TrainingError(f"{path}: written by another version of foldgroup; resume with that one, or start again")
     if other:
@@ -90,9 +92,5 @@ def restore(path: Path, document: dict[str, Any], trainer: Trainer) -> Place:
         place.history = [EpochResult.of(entry) for entry in document["place"]["history"]]
         place.best = place.best and EpochResult.of(document["place"]["best"])
     except Exception as error:  # a damaged file may raise anything
-        raise _useless(path, error) from error
+        raise TrainingError(f"{path}: does not fit the network ({error}); leave --resume out to start again") from error
     return place
-
-
-def _useless(path: Path, error: Exception) -> TrainingError:
-    return TrainingError(f"{path}: cannot resume from it ({error}); leave --resume out to start again")

@@ -82,6 +82,12 @@ def test_a_weight_too_large_for_float16_is_refused_with_its_layer(graph):
         typed(large, torch.float16)
     typed(large, torch.float16, ["layer1.0.conv2"])
     typed(large, torch.bfloat16)
+    large.add_submodule("layer1.0.conv2", with_tensors(layer, {"weight": layer.weight.double() * 1e60}))
+    for precision, kept in ((torch.float32, []), (torch.float16, ["layer1.0.conv2"])):
+        with pytest.raises(
+            EmitError, match=r"too large for torch\.float32: use a checkpoint from before training diverged"
+        ):
+            typed(large, precision, kept)
 
 
 @pytest.mark.parametrize("dtype, kind", [(torch.float16, TensorProto.FLOAT16), (torch.bfloat16, TensorProto.BFLOAT16)])

@@ -191,13 +191,13 @@ def test_there_must_be_something_to_resume(images, tmp_path):
 def test_a_damaged_state_is_refused(images, copied, damage):
     state = state_file(copied)
     state.write_bytes(state.read_bytes()[:1000] if damage is None else damage)
-    with pytest.raises(TrainingError, match=r"net\.pt\.state: cannot resume from it"):
+    with pytest.raises(TrainingError, match=r"net\.pt\.state: is damaged, or nothing that"):
         train(images, copied, CONFIG, resume=True)
 
 
 def test_a_state_that_would_run_code_is_refused(images, copied):
     torch.save({"config": Path("code")}, state_file(copied))  # any global but torch's own
-    with pytest.raises(TrainingError, match=r"net\.pt\.state: cannot resume from it"):
+    with pytest.raises(TrainingError, match=r"net\.pt\.state: is damaged, or nothing that"):
         train(images, copied, CONFIG, resume=True)
 
 
