@@ -190,7 +190,7 @@ class Files:
         return content, known
 
     def _shuffle_form(self, subject: Subject) -> tuple[bytes, dict[str, Any]]:
-        from foldgroup.measure import macs, params
+        from foldgroup.counts import macs, params
         from passes import default_pipeline
 
         pipeline = default_pipeline().without("absorb_shuffles")

@@ -244,6 +244,15 @@ def classes_of(manifest: Mapping[str, Any]) -> int | None:
     return int(shape[1]) if len(shape) == 2 else None
 
 
+def default_bundle_name(source: Path) -> str:
+    """``<stem>.foldgroup``, where the stem of ``x.pth.tar`` is ``x``."""
+    name = source.name
+    for suffix in (".pth.tar", ".pt", ".pth", ".safetensors"):
+        if name.endswith(suffix):
+            return name[: -len(suffix)] + ".foldgroup"
+    return source.stem + ".foldgroup"
+
+
 def read_bundle(path: Path) -> Bundle:
     """Open the bundle at ``path``.
 

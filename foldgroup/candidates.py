@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from foldgroup.bundle import Bundle
+from foldgroup.counts import grouped_macs, layer_costs, params
 from foldgroup.emit.engine import BATCH_RANGE
 from foldgroup.emit.onnx import export_onnx
 from foldgroup.emit.precision import DTYPES, typed
@@ -23,7 +24,6 @@ from foldgroup.engines import EngineSettings, build
 from foldgroup.equivalence import seeded_inputs
 from foldgroup.errors import FoldgroupError, ModelError
 from foldgroup.lowering import Lowered
-from foldgroup.measure import grouped_macs, layer_costs, params
 from foldgroup.targets import Variant
 from foldgroup.trace import trace
 

@@ -13,11 +13,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from foldgroup.errors import ChannelOrderError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class ChannelOrder:
     @cached_property
     def index(self) -> torch.Tensor:
         """The order as an int64 tensor [C], to index a channel axis with."""
+        import torch  # seconds, and nobody who reads a bundle needs it
+
         return torch.tensor(self.source, dtype=torch.int64)
 
     def then(self, following: ChannelOrder) -> ChannelOrder:

@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from foldgroup import rules as ops
 from foldgroup.channel_order import ChannelOrder
-from foldgroup.conv_shape import conv_shape
+from foldgroup.conv_calls import conv_shape
 from foldgroup.forms import ChannelShuffle
 from foldgroup.grouping import group_digits, prime_factors
 from foldgroup.planning.problem import Flag, Link, Mount, Problem, Tie

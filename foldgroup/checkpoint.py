@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 
 from foldgroup import own_model
 from foldgroup.architecture import arch_name, build_and_check, infer_config, named_config, summary
+from foldgroup.checkpoint_file import check_file
 from foldgroup.dialects import GateOrder, ZeroGates, translate
 from foldgroup.errors import CheckpointError
 from foldgroup.own_model import ModelSource
@@ -163,6 +164,7 @@ def load_checkpoint(
             layer, and what to do.
     """
     path = Path(path)
+    check_file(path)
     try:
         if model is None:
             return _load(path, arch, gate_order, zero_gates)

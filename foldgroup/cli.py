@@ -1,7 +1,8 @@
 """The command line: one function a verb. Only this and :mod:`foldgroup.console` print.
 
 Results go to standard output, progress and errors to standard error. Exit status: 0 done; 1 a check failed; 2 bad
-usage or input, with one message and nothing written.
+usage or input, with one message and nothing written. What imports torch, which takes seconds, is imported by the verbs
+that need it, once it is known that there is something to do.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from foldgroup.bundle import check_target, default_bundle_name, read_bundle
+from foldgroup.checkpoint_file import check_file
 from foldgroup.console import display, errors_are_messages, progress, reads_bundle
 from foldgroup.errors import EquivalenceError, FoldgroupError
 from foldgroup.json_file import check_json_place, write_json
@@ -33,6 +36,7 @@ from foldgroup.options import (
     training_options,
     tuning_options,
 )
+from foldgroup.targets import choose
 
 if TYPE_CHECKING:
     from foldgroup.training.deployment import Deployment
@@ -76,6 +80,8 @@ def inspect(path: Path, as_json: bool, **reading: Any) -> None:
     from foldgroup.inspection import inspect as run
     from foldgroup.report.tables import inspection_table
 
+    if not path.is_dir():
+        check_file(path)
     inspection = run(path, **reading)
     display(inspection.as_dict() if as_json else inspection_table(inspection))
 
@@ -106,6 +112,8 @@ def compile(
     compatibility: str | None,
     timing_cache: Path | None,
     no_packing: bool,
+    output: Path | None,
+    force: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -114,6 +122,10 @@ def compile(
 
     if gpu and no_engine:
         raise click.UsageError("--gpu says what the engine is for, --no-engine leaves it out: give one of them")
+    output = output or Path(default_bundle_name(checkpoint))
+    check_file(checkpoint)
+    check_target(output, force=force)
+    choose(options["target"], precision, engines=not no_engine, rtx=bool(gpu))
     with progress("compile") as step:
         from foldgroup.compiler import compile as run
         from foldgroup.engines import EngineSettings
@@ -126,11 +138,13 @@ def compile(
         )
         bundle = run(
             checkpoint,
+            output,
             gpu=gpu,
             engine=not no_engine,
             precision=precision,
             packing=not no_packing,
             engine_settings=settings,
+            force=force,
             on_step=step,
             **options,
         )
@@ -155,10 +169,13 @@ def verify(
         raise click.UsageError("give a bundle, or a checkpoint and a bundle")
     if model is not None and len(paths) == 1:
         raise click.UsageError("--model builds the network of a checkpoint: give that too, before the bundle")
+    checkpoint = paths[0] if len(paths) == 2 else None
+    if checkpoint is not None:
+        check_file(checkpoint)
+    read_bundle(paths[-1])
     with progress("verify") as step:
         from foldgroup.verifier import verify as run
 
-        checkpoint = paths[0] if len(paths) == 2 else None
         verification = run(paths[-1], checkpoint, model=model, target=target, data=data, on_step=step)
     display(verification.as_dict() if as_json else verification_table(verification))
     _require(verification, paths[-1])
@@ -193,6 +210,7 @@ def bench(
     from foldgroup.report.tables import benchmark_table, comparison_table
 
     check_json_place(json_file)
+    read_bundle(bundle)
     with progress("bench") as step:
         from foldgroup.benchmarking import benchmark as run
         from foldgroup.earlier import compare, read_report
@@ -228,10 +246,12 @@ def bench(
 @reads_bundle
 def run(bundle: Path, images: tuple[Path, ...], target: str | None, top: int, as_json: bool) -> None:
     """Show what BUNDLE sees in IMAGES: the likeliest classes of each."""
-    from foldgroup.predict import predict_with
     from foldgroup.report.tables import prediction_table
 
+    read_bundle(bundle)
     with progress("run"):
+        from foldgroup.predict import predict_with
+
         predictions = predict_with(bundle, images, target=target, top=top)
     display([p.as_dict() for p in predictions] if as_json else prediction_table(predictions))
 
@@ -243,7 +263,6 @@ def run(bundle: Path, images: tuple[Path, ...], target: str | None, top: int, as
 @reads_bundle
 def explain(bundle: Path, dot: bool) -> None:
     """Tell what each pass did to BUNDLE, and why it left what it left."""
-    from foldgroup.bundle import read_bundle
     from foldgroup.report.plan import plan_dot
     from foldgroup.report.tables import explain_report
 
@@ -260,6 +279,7 @@ def explain(bundle: Path, dot: bool) -> None:
 @errors_are_messages
 def bisect(checkpoint: Path, **reading: Any) -> None:
     """Name the first pass after which the network is no longer the trained one."""
+    check_file(checkpoint)
     with progress("bisect") as step:
         from foldgroup.folding import bisect as run
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from foldgroup.bundle import Bundle, check_target, write_bundle
+from foldgroup.bundle import Bundle, check_target, default_bundle_name, write_bundle
 from foldgroup.checkpoint import Checkpoint, Preprocessing, load_network
 from foldgroup.clock import Clock
 from foldgroup.compile_options import Job, check_images, chosen_variants
@@ -280,12 +280,3 @@ def _preprocessing(checkpoint: Checkpoint, size: int) -> Preprocessing:
     """The checkpoint's preprocessing, or the standard one with its mean and deviation for another size."""
     stored = checkpoint.preprocessing
     return stored if stored.size == size else replace(Preprocessing.standard(size), mean=stored.mean, std=stored.std)
-
-
-def default_bundle_name(source: Path) -> str:
-    """``<stem>.foldgroup``, where the stem of ``x.pth.tar`` is ``x``."""
-    name = source.name
-    for suffix in (".pth.tar", ".pt", ".pth", ".safetensors"):
-        if name.endswith(suffix):
-            return name[: -len(suffix)] + ".foldgroup"
-    return source.stem + ".foldgroup"

@@ -10,18 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from foldgroup.bundle import classes_of, read_bundle
-from foldgroup.checkpoint import load_network
-from foldgroup.dialects import GateOrder, ZeroGates
 from foldgroup.errors import BundleError
-from foldgroup.folding import fold, shape_like
 from foldgroup.grouping import GroupWidths
-from foldgroup.manifest import manifest_of
-from foldgroup.own_model import ModelSource
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from foldgroup.dialects import GateOrder, ZeroGates
+    from foldgroup.own_model import ModelSource
 
 Kind: TypeAlias = Literal["checkpoint", "module", "bundle"]
 
@@ -179,7 +178,7 @@ def inspect(
         BundleError: if a folder is no bundle, or is given options.
         TraceError, PassError, EquivalenceError: if the checkpoint's network cannot be folded.
     """
-    if not isinstance(path, nn.Module) and Path(path).is_dir():
+    if isinstance(path, str | Path) and Path(path).is_dir():
         path = Path(path)
         if (arch, gate_order, zero_gates, model, input_size) != (
             None,
@@ -193,6 +192,10 @@ def inspect(
                 "--zero-gates, --model and the input's shape with the checkpoint"
             )
         return _from_manifest(path.name, "bundle", read_bundle(path).manifest)
+    from foldgroup.checkpoint import load_network
+    from foldgroup.folding import fold, shape_like
+    from foldgroup.manifest import manifest_of
+
     checkpoint = load_network(path, arch=arch, gate_order=gate_order, zero_gates=zero_gates, model=model)
     folded = fold(checkpoint, input_size=input_size, input_shape=shape_like(example_input))
     kind: Kind = "module" if checkpoint.dialect == "module" else "checkpoint"

@@ -23,13 +23,13 @@ from torch import fx
 from foldgroup.certificate import certify
 from foldgroup.claims import Certificate
 from foldgroup.conv_shape import Choose, Execution
+from foldgroup.counts import layer_costs, learned_costs
 from foldgroup.emit.onnx import export_onnx
 from foldgroup.emit.precision import DTYPES, layers_named, typed
 from foldgroup.emit.quantize import Calibration, Quantizer
 from foldgroup.emit.sensitivity import most_sensitive
 from foldgroup.errors import EquivalenceError, PassError, TargetError
 from foldgroup.folding import Folded
-from foldgroup.measure import layer_costs, learned_costs
 
 if TYPE_CHECKING:
     from passes import PackGroups

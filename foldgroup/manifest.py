@@ -13,10 +13,10 @@ from torch import Tensor, fx
 
 from foldgroup.bundle import SCHEMA
 from foldgroup.checkpoint import Checkpoint
+from foldgroup.counts import layer_costs, learned_costs, macs, params
 from foldgroup.emit.onnx import BATCH, INPUT
 from foldgroup.folding import Folded
 from foldgroup.lowering import Form
-from foldgroup.measure import layer_costs, learned_costs, macs, params
 from foldgroup.nn.dgconv import DGConv
 from foldgroup.outputs import outputs_of
 from foldgroup.trace import called_module, shape_of

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from foldgroup.bundle import precision_of
-from foldgroup.conv_shape import ConvShape, grouped_convs
+from foldgroup.conv_calls import grouped_convs
+from foldgroup.conv_shape import ConvShape
 from foldgroup.errors import TuningError
 from foldgroup.folding import Folded
 from foldgroup.lowering import Form, form_for

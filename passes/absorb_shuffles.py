@@ -31,7 +31,7 @@ from torch.nn.modules.conv import _ConvNd
 from foldgroup import rules as ops
 from foldgroup.channel_order import ChannelOrder
 from foldgroup.channels import ChannelGraph, as_order
-from foldgroup.conv_shape import grouped_convs
+from foldgroup.conv_calls import grouped_convs
 from foldgroup.forms import ChannelShuffle, conv_like, with_tensors
 from foldgroup.pipeline import Note, Pass, PassResult, ShuffleEntry, Stage
 from foldgroup.planning.cost import Cost, CostModel, CostSource

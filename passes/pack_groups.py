@@ -34,7 +34,8 @@ from torch import fx
 from torch.fx.node import Argument
 from torch.nn.modules.conv import _ConvNd
 
-from foldgroup.conv_shape import Choose, Execution, conv_shape
+from foldgroup.conv_calls import conv_shape
+from foldgroup.conv_shape import Choose, Execution
 from foldgroup.errors import PassError
 from foldgroup.forms import CONVS, conv_like
 from foldgroup.pipeline import Note, Pass, PassResult, Stage

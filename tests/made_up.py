@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from foldgroup.bundle import MANIFEST, Bundle, file_entry, to_json
-from foldgroup.conv_shape import ConvShape, Execution, ShuffleShape, grouped_convs
+from foldgroup.conv_calls import grouped_convs
+from foldgroup.conv_shape import ConvShape, Execution, ShuffleShape
 from foldgroup.measure import Measurement
 from foldgroup.run.base import all_outputs
 from foldgroup.targets import Variant, find_target, make_runner

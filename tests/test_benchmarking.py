@@ -13,10 +13,11 @@ from foldgroup import candidates
 from foldgroup.benchmarking import DEFAULT_BASELINES, BenchmarkReport, Comparison, benchmark
 from foldgroup.bundle import read_bundle
 from foldgroup.candidates import FOLDED, TRAINING, baseline_builder, folded_form, training_form
+from foldgroup.counts import grouped_macs, layer_costs
 from foldgroup.equivalence import seeded_inputs
 from foldgroup.errors import BundleError, EquivalenceError, ModelError, RunnerError
 from foldgroup.inspection import inspect
-from foldgroup.measure import Ratio, grouped_macs, layer_costs
+from foldgroup.measure import Ratio
 from foldgroup.run import OnnxRuntimeRunner
 
 

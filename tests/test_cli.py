@@ -40,9 +40,41 @@ def test_help_lists_every_verb() -> None:
         assert run(verb, "--help").exit_code == 0
 
 
-def test_help_is_quick_because_it_imports_no_torch() -> None:
-    code = "import sys, foldgroup.cli; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+@pytest.mark.parametrize(
+    "status, line",
+    [
+        (0, "--help"),
+        (0, "explain {bundle}"),
+        (0, "inspect {bundle}"),
+        (0, "tune --show --tune-db times.sqlite"),
+        (2, "compile missing.pt"),
+        (2, "compile {checkpoint} --target nvidia"),
+        (2, "compile {checkpoint} -o {bundle}"),
+        (2, "verify {checkpoint} missing"),
+        (2, "bench missing"),
+        (2, "run missing cat.jpg"),
+        (2, "inspect missing.pt"),
+        (2, "bisect missing.pt"),
+    ],
+)
+def test_what_needs_no_torch_is_answered_before_it_is_imported(
+    status: int, line: str, tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """It takes seconds."""
+    given = [part.format(checkpoint=tiny_checkpoint, bundle=tiny_bundle) for part in line.split()]
+    code = """if True:
+        import sys
+        from foldgroup.cli import main
+        try:
+            main()
+        finally:
+            assert "torch" not in sys.modules
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *given], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == status and "Traceback" not in result.stderr, result.stderr
 
 
 def test_compile_prints_a_summary_and_writes_the_bundle_where_it_says(

@@ -14,9 +14,10 @@ from shapes import SHUFFLES, convs, square
 from strategies import quick
 from torch import nn
 
-from foldgroup.conv_shape import MOST_PARTS, ConvShape, Execution, ShuffleShape, grouped_convs, shape_from_key
+from foldgroup.conv_calls import grouped_convs
+from foldgroup.conv_shape import MOST_PARTS, ConvShape, Execution, ShuffleShape, shape_from_key
+from foldgroup.counts import layer_costs
 from foldgroup.forms import CONVS
-from foldgroup.measure import layer_costs
 from foldgroup.trace import trace
 
 

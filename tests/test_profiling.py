@@ -20,11 +20,11 @@ from onnx import TensorProto, helper, numpy_helper
 from runtimes import images
 from torch import nn
 
+from foldgroup.counts import layer_costs
 from foldgroup.emit.onnx import export_onnx
 from foldgroup.emit.precision import typed
 from foldgroup.emit.quantize import Quantizer
 from foldgroup.errors import RunnerError
-from foldgroup.measure import layer_costs
 from foldgroup.profiling import Profile, limits, machine_limits, profile
 from foldgroup.profiling.layers import Executed, LayerTime, layer_times, place
 from foldgroup.profiling.limits import RUNTIMES, Limits

@@ -18,7 +18,8 @@ from typing_extensions import Self
 
 from foldgroup import tuned as module
 from foldgroup.checkpoint import load_network
-from foldgroup.conv_shape import ConvShape, Execution, grouped_convs
+from foldgroup.conv_calls import grouped_convs
+from foldgroup.conv_shape import ConvShape, Execution
 from foldgroup.errors import TuningError
 from foldgroup.folding import Folded, fold_traced, trace_network
 from foldgroup.lowering import Form

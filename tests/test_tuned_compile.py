@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from foldgroup.bundle import Bundle
 from foldgroup.checkpoint import load_checkpoint
 from foldgroup.compiler import compile
-from foldgroup.conv_shape import ConvShape, Execution, grouped_convs
+from foldgroup.conv_calls import grouped_convs
+from foldgroup.conv_shape import ConvShape, Execution
 from foldgroup.errors import TuningError
 from foldgroup.folding import fold
 from foldgroup.measure import interleave

@@ -23,7 +23,8 @@ from foldgroup.bundle import MANIFEST, PASSES, Bundle, file_entry, read_bundle
 from foldgroup.checkpoint import load_checkpoint
 from foldgroup.cli import main
 from foldgroup.compiler import compile
-from foldgroup.conv_shape import Execution, grouped_convs
+from foldgroup.conv_calls import grouped_convs
+from foldgroup.conv_shape import Execution
 from foldgroup.errors import BundleError
 from foldgroup.folding import fold
 from foldgroup.tuned import TUNED, UNTUNED

@@ -10,7 +10,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from foldgroup.equivalence import FLOAT64_LIMIT
 from foldgroup.report.layout import bar, count, facts, grid, groups_in_words, heading, paragraph, size
 from foldgroup.report.plan import plan_of, plan_report
 
@@ -242,6 +241,8 @@ def _learned(groups: Sequence[int], found: int) -> str:
 
 def _equality(bundle: Bundle) -> Iterator[tuple[str, str]]:
     """Certificate, float64 error and runtime tiers, one fact each."""
+    from foldgroup.equivalence import FLOAT64_LIMIT  # with torch, which who asks for these has loaded
+
     proof = bundle.manifest["certificate"]
     if proof["holds"]:
         kept, pruned = proof["weights_kept"], proof["weights_pruned"]
