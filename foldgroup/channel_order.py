@@ -127,3 +127,20 @@ class ChannelOrder:
         if math.prod(radices) != channels or ChannelOrder.from_digits(radices, axes) != self:
             return None
         return DigitOrder(radices, axes)
+
+
+def as_ranges(channels: Sequence[int]) -> str:
+    """Channel numbers as short text that :func:`from_ranges` reads: 4, 5, 6, 9, 0, 1 → ``4-6 9 0-1``."""
+    runs: list[list[int]] = []
+    for channel in channels:
+        if runs and channel == runs[-1][-1] + 1:
+            runs[-1][1:] = [channel]
+        else:
+            runs.append([channel])
+    return " ".join("-".join(map(str, run)) for run in runs)
+
+
+def from_ranges(text: str) -> tuple[int, ...]:
+    """The channel numbers that gave ``text``."""
+    runs = ([int(end) for end in run.split("-")] for run in text.split())
+    return tuple(channel for run in runs for channel in range(run[0], run[-1] + 1))

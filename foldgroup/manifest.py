@@ -37,7 +37,7 @@ def manifest_of(
     layers = learned_layers(folded, runs)
     executed = macs(runs)
     records = (record for record in folded.result.records if record.name == "find_groups")
-    found = [layer for record in records for layer in record.details.get("layers", ())]
+    found = [_counted(layer) for record in records for layer in record.details.get("layers", ())]
     packed = sum(layer["executed_macs"] - layer["macs"] for layer in layers) + _packed(found, folded.training, runs)
     ledger = folded.result.ledger
     free = batch or BATCH
@@ -65,6 +65,12 @@ def manifest_of(
         "params": {"training": params(folded.training), "folded": params(folded.folded), "executed": params(runs)},
         "certificate": certificate.as_dict(),
     }
+
+
+def _counted(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """A layer with groups in its zeros, but for which channels they have."""
+    kept = ("count", "in_width", "out_width")
+    return {"name": layer["name"], "groups": [{key: part[key] for key in kept} for part in layer["groups"]]}
 
 
 def _packed(found: Sequence[Mapping[str, Any]], training: fx.GraphModule, runs: fx.GraphModule) -> int:

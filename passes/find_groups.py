@@ -42,13 +42,14 @@ from __future__ import annotations
 
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.node import Argument
 from torch.nn.modules.conv import _ConvNd
 
-from foldgroup.channel_order import ChannelOrder
+from foldgroup.channel_order import ChannelOrder, as_ranges
 from foldgroup.forms import CONVS, ChannelSelect, ChannelShuffle, MaskedConv, conv_like
 from foldgroup.mask_forms import Cost, Form, Geometry, Part, cheapest_form
 from foldgroup.masks import components
@@ -92,7 +93,8 @@ class FindGroups(Pass):
             else:
                 _rewrite(result, target, nodes, layer, form)
                 rewrites.append(Note(target, reason))
-                found.append({"name": target, "groups": _groups(form)})
+                channels = {"in_channels": layer.in_channels, "out_channels": layer.out_channels}
+                found.append({"name": target, **channels, "groups": _groups(form)})
         result.delete_all_unused_submodules()
         return PassResult(result, tuple(rewrites), tuple(skips), details={"layers": found} if found else {})
 
@@ -130,10 +132,20 @@ def _described(form: Form) -> str:
     return f"{form.kind}: groups in its zeros, {parts} channels"
 
 
-def _groups(form: Form) -> list[dict[str, int]]:
-    """How many groups of which widths, for those that look for them."""
-    parts = [form.grouping] if form.grouping is not None else form.parts
-    return [{"count": part.groups, "in_width": part.in_width, "out_width": part.out_width} for part in parts]
+def _groups(form: Form) -> list[dict[str, Any]]:
+    """How many groups of which widths and which channels, one group after the other, for those that look for them."""
+    whole = form.grouping
+    parts = form.parts if whole is None else [Part(whole.groups, whole.in_order.source, whole.out_order.source)]
+    return [
+        {
+            "count": part.groups,
+            "in_width": part.in_width,
+            "out_width": part.out_width,
+            "reads": as_ranges(part.reads),
+            "writes": as_ranges(part.writes),
+        }
+        for part in parts
+    ]
 
 
 def _rewrite(graph: fx.GraphModule, target: str, nodes: list[fx.Node], layer: _ConvNd, form: Form) -> None:

@@ -91,6 +91,10 @@ def enrich(documents: Documents) -> Documents:
     manifest["layers"][1] |= {"executed_groups": 2, "executed_macs": 73_728}
     found = [{"count": 2, "in_width": 8, "out_width": 4}, {"count": 1, "in_width": 3, "out_width": 5}]
     manifest["found"] = [{"name": "layer3.0.conv2", "groups": found}]
+    channels = [{"reads": "0-6 11-18 7", "writes": "4-7 0-3"}, {"reads": "8-10", "writes": "12 8-11"}]
+    groups = [part | which for part, which in zip(found, channels, strict=True)]
+    layer = {"name": "layer3.0.conv2", "in_channels": 20, "out_channels": 14, "groups": groups}
+    next(r for r in documents["passes"]["passes"] if r["name"] == "find_groups")["details"] = {"layers": [layer]}
     names = ("openvino int8", "tensorrt-rtx fp16", "aotinductor fp32", "onnxruntime-cuda fp16")
     manifest["targets"] += [dict(zip(("target", "precision"), name.split(), strict=True)) for name in names]
     manifest["models"] |= {key: {"file": f"model.{key}.onnx"} for key in ("int8", "fp16")}

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import digit_orders, orders, quick
 
-from foldgroup.channel_order import ChannelOrder, DigitOrder
+from foldgroup.channel_order import ChannelOrder, DigitOrder, as_ranges, from_ranges
 from foldgroup.errors import ChannelOrderError
 
 COUNTS = st.integers(1, 24)
@@ -190,3 +190,12 @@ def test_orders_of_different_channel_counts_do_not_compose():
 def test_axes_that_do_not_list_every_digit_once_are_refused(axes):
     with pytest.raises(ChannelOrderError, match="do not list each of the 2 digits once"):
         ChannelOrder.from_digits((2, 3), axes)
+
+
+@given(st.lists(st.integers(0, 30)))
+def test_channel_numbers_as_text_are_read_back(channels: list[int]) -> None:
+    assert from_ranges(as_ranges(channels)) == tuple(channels)
+
+
+def test_channels_in_a_row_are_a_range() -> None:
+    assert as_ranges([4, 5, 6, 9, 0, 1, 3, 2]) == "4-6 9 0-1 3 2"

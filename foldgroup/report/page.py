@@ -13,9 +13,12 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
+
+from foldgroup.channel_order import from_ranges
 from foldgroup.report import charts, deploy
 from foldgroup.report.layout import count, groups_in_words, size
-from foldgroup.report.svg import blocks, mask
+from foldgroup.report.svg import MOST_CELLS, blocks, diagonal, mask, scattered
 
 Document = Mapping[str, Any]
 Section = tuple[str, str, str]
@@ -45,7 +48,7 @@ def report_page(
     """The page of the bundle ``name``, from its JSON documents; equal documents give equal pages."""
     sections = [
         ("groups", "Groups by layer", _groups(manifest)),
-        ("maps", "Which channels go together", _maps(manifest)),
+        ("maps", "Which channels go together", _maps(manifest, passes)),
         ("shuffles", "What became of every channel shuffle", _ledger(passes)),
         ("equality", "Is it the network that was trained?", _equality(manifest, verification)),
         ("time", "Where the time goes", _time(manifest, verification)),
@@ -130,16 +133,25 @@ def _learned(layers: Sequence[Document]) -> str:
     )
 
 
-def _maps(manifest: Document) -> str:
+def _maps(manifest: Document, passes: Document) -> str:
     layers = manifest["layers"]
-    if not layers:
+    records = (record for record in passes["passes"] if record["name"] == "find_groups")
+    found = [layer for record in records for layer in record.get("details", {}).get("layers", ())]
+    if not layers and not found:
         return ""
-    options = "".join(f"<option>{escape(layer['name'])}</option>" for layer in layers)
-    figures = "".join(map(_layer_maps, layers))
+    options = "".join(f"<option>{escape(layer['name'])}</option>" for layer in (*layers, *found))
+    figures = "".join((*map(_layer_maps, layers), *map(_found_maps, found)))
+    gates = (
+        " A gate bit of 1 lets channels connect across its digit, a 0 only where the digit is the same. Sorted by the "
+        "digits whose bit is 0 the groups are neighbours, and the order goes into the weights around the layer."
+    )
+    shades = (
+        f" Of more than {MOST_CELLS} channels in a layer without gates neighbours are one cell, the darker the more of "
+        "them connect."
+    )
     return (
-        "<p class=how>Inputs from top to bottom, outputs from left to right; coloured where they connect. A gate "
-        "bit of 1 lets channels connect across its digit, a 0 only where the digit is the same. Sorted by the digits "
-        "whose bit is 0 the groups are neighbours, and the order goes into the weights around the layer.</p>"
+        "<p class=how>Inputs from top to bottom, outputs from left to right; coloured where they connect."
+        f"{gates if layers else ''}{shades if found else ''}</p>"
         f'<p class="choose" hidden><label for="layer">Layer</label> <select id="layer">{options}</select></p>{figures}'
     )
 
@@ -155,10 +167,26 @@ def _layer_maps(layer: Document) -> str:
             f"as it runs: {runs} groups, zeros beside what was learned",
         ),
     ]
-    figures = "".join(
-        f"<figure>{drawing}<figcaption>{escape(words)}</figcaption></figure>"
-        for drawing, words in (drawn if runs < groups else drawn[:2])
-    )
+    return _maps_of(name, drawn if runs < groups else drawn[:2])
+
+
+def _found_maps(layer: Document) -> str:
+    name, groups = str(layer["name"]), layer["groups"]
+    connected = np.zeros((layer["in_channels"], layer["out_channels"]), dtype=bool)
+    for part in groups:
+        reads, writes = (np.reshape(from_ranges(part[side]), (part["count"], -1)) for side in ("reads", "writes"))
+        for ins, outs in zip(reads, writes, strict=True):
+            connected[np.ix_(ins, outs)] = True
+    widths = [(part["in_width"], part["out_width"]) for part in groups for _ in range(part["count"])]
+    drawn = [
+        (scattered(f"mask of {name} in its zeros", connected), "as trained: groups in its zeros"),
+        (diagonal(f"groups of {name}", widths), f"reordered: {groups_in_words(groups)}"),
+    ]
+    return _maps_of(name, drawn)
+
+
+def _maps_of(name: str, drawn: Iterable[tuple[str, str]]) -> str:
+    figures = "".join(f"<figure>{drawing}<figcaption>{escape(words)}</figcaption></figure>" for drawing, words in drawn)
     return f'<div class="maps layer-maps" data-layer="{escape(name)}"><h3>{_name(name)}</h3>{figures}</div>'
 
 

@@ -6,12 +6,19 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+import numpy as np
+import numpy.typing as npt
+
 from foldgroup.grouping import factorize
 
 SHOWN = 6
 """Digits of a mask that are drawn, the most significant; finer ones are shaded."""
 MOST_BLOCKS = 64
 """Blocks on a diagonal that are drawn."""
+MOST_CELLS = 64
+"""Rows and columns of a mask without digits that are drawn."""
+SHADES = 4
+"""Of these cells."""
 
 
 def svg(width: float, height: float, title: str, body: Sequence[str]) -> str:
@@ -63,6 +70,48 @@ def mask(name: str, in_channels: int, out_channels: int, gate_bits: Sequence[int
         levels.append(f'<g id="{stem}-{len(levels)}" transform="scale({1 / n:.6g})">{copies}</g>')
     whole = f'<g transform="scale({_n(side)})"><use href="#{stem}-{len(levels) - 1}"/></g>'
     return svg(side, side, f"mask of {name} as trained", [_frame(side), f"<defs>{''.join(levels)}</defs>", whole])
+
+
+def scattered(title: str, connected: npt.NDArray[np.bool_], side: float = 192) -> str:
+    """Any mask [C_in, C_out], inputs from top to bottom, outputs from left to right; of many channels, how many of
+    those side by side connect, in :data:`SHADES` shades.
+    """
+    shares = connected.astype(float)
+    for axis, channels in enumerate(connected.shape):
+        cells = min(channels, MOST_CELLS)
+        starts = np.arange(cells) * channels // cells
+        widths = np.diff(starts, append=channels)
+        shares = np.add.reduceat(shares, starts, axis) / np.expand_dims(widths, 1 - axis)
+    rows, columns = shares.shape
+    body = [_frame(side)]
+    for shade in range(1, SHADES + 1):
+        filled = np.ceil(shares * SHADES) == shade
+        if filled.any():
+            scale = f'transform="scale({side / columns:.6g} {side / rows:.6g})"'
+            body.append(f'<path class="one" fill-opacity="{shade / SHADES:g}" {scale} d="{_outline(filled)}"/>')
+    return svg(side, side, title, body)
+
+
+def _outline(cells: npt.NDArray[np.bool_]) -> str:
+    """A rectangle around every run of cells in a row, each cell 1 × 1."""
+    steps = np.diff(cells.astype(np.int8), axis=1, prepend=0, append=0)
+    firsts, ends = np.argwhere(steps == 1).tolist(), np.argwhere(steps == -1)[:, 1].tolist()
+    return "".join(f"M{x} {y}h{end - x}v1H{x}z" for (y, x), end in zip(firsts, ends, strict=True))
+
+
+def diagonal(title: str, widths: Sequence[tuple[int, int]], side: float = 192) -> str:
+    """Groups of so many inputs and outputs each, one after the other; of many, several as one."""
+    together = -(-len(widths) // MOST_BLOCKS)
+    widths = [
+        (sum(ins), sum(outs))
+        for ins, outs in (zip(*widths[i : i + together], strict=True) for i in range(0, len(widths), together))
+    ]
+    down, across = (side / sum(width[axis] for width in widths) for axis in range(2))
+    body, top, left = [_frame(side)], 0, 0
+    for inputs, outputs in widths:
+        body.append(rect(left * across, top * down, outputs * across, inputs * down))
+        top, left = top + inputs, left + outputs
+    return svg(side, side, title, body)
 
 
 def blocks(title: str, groups: int, side: float = 192, within: int | None = None) -> str:

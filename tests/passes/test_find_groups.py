@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from strategies import quick
 from torch import fx, nn
 
 from foldgroup.certificate import certify
+from foldgroup.channel_order import from_ranges
 from foldgroup.equivalence import seeded_inputs
 from foldgroup.evaluation import evaluate
 from foldgroup.forms import ChannelSelect, MaskedConv
@@ -82,7 +85,21 @@ def found(model: nn.Module, shape=(2, 3, 5, 5), cost=None, *, fold: bool = False
     result = Pipeline((DecodeGates(), FindGroups(cost), *([FoldGroups()] if fold else []))).run(training)
     assert_same(training, result.graph, shape)
     assert_proven(training, result.graph)
+    for layer in result.records[1].details.get("layers", ()):
+        assert_listed(training.get_submodule(layer["name"]), layer)
     return training, result.graph, result.records[1]
+
+
+def assert_listed(conv: nn.Module, layer: Mapping[str, Any]) -> None:
+    """The groups listed have the channels that the kernel connects."""
+    listed = np.zeros((layer["in_channels"], layer["out_channels"]), bool)
+    for part in layer["groups"]:
+        reads, writes = (np.reshape(from_ranges(part[side]), (part["count"], -1)) for side in ("reads", "writes"))
+        assert (reads.shape[1], writes.shape[1]) == (part["in_width"], part["out_width"])
+        for ins, outs in zip(reads, writes, strict=True):
+            listed[np.ix_(ins, outs)] = True
+    kernel = (conv.weight.detach().numpy() != 0).reshape(*conv.weight.shape[:2], -1).any(2)
+    assert listed.shape == kernel.T.shape and not (kernel.T & ~listed).any()
 
 
 def assert_same(training: fx.GraphModule, graph: fx.GraphModule, shape) -> None:

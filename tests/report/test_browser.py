@@ -156,7 +156,7 @@ def test_nothing_is_cut_off_too_small_or_broken_within_a_word(
 
 def test_the_chooser_shows_the_maps_of_one_layer(browse: Browse, pages: dict[str, str], tmp_path: Path) -> None:
     found = measured(browse, tmp_path, pages["rich"], CHOOSER)
-    names = ["layer1.0.conv2", "layer2.0.conv2", "layer2.1.conv2"]
+    names = ["layer1.0.conv2", "layer2.0.conv2", "layer2.1.conv2", "layer3.0.conv2"]
     assert found["chooser"]
     assert found["before"] == names[:1]
     assert found["after"] == [[name] for name in names]
@@ -168,7 +168,7 @@ def test_without_its_script_all_maps_are_shown(browse: Browse, pages: dict[str, 
     script = CHOOSER.replace("select.options", "[]")
     found = measured(browse, tmp_path, page, script)
     assert not found["chooser"]
-    assert found["before"] == ["layer1.0.conv2", "layer2.0.conv2", "layer2.1.conv2"]
+    assert found["before"] == ["layer1.0.conv2", "layer2.0.conv2", "layer2.1.conv2", "layer3.0.conv2"]
 
 
 def luminance(colour: list[int]) -> float:
@@ -216,8 +216,8 @@ def test_paper_has_every_section_every_map_and_what_is_folded_away(
     content = pdf.read_bytes()
     printed = headings(content)
     names = re.findall(r'data-layer="([^"]*)"', pages["wide"])
-    assert len(names) == 60 and set(names) <= set(printed)
+    assert len(names) == 61 and set(names) <= set(printed)
     assert set(re.findall(r"<h2>([^<]*)</h2>", pages["wide"])) <= set(printed)
     assert printed.count("folded away") == pages["wide"].count("<details>") == 2
     assert "never shown" not in printed
-    assert len(re.findall(rb"/Type\s*/Page\b", content)) >= 10  # sixty layers, six to a page
+    assert len(re.findall(rb"/Type\s*/Page\b", content)) >= 10  # sixty-one layers, six to a page

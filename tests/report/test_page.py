@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from pages import Documents, Element, documents_of, enrich, page_of, parsed
 
 from foldgroup.grouping import factorize, kronecker_mask
@@ -95,7 +96,7 @@ def test_documents_are_not_changed(rich: Documents) -> None:
 def hostile(value: Any) -> Any:
     """Every text of a document with markup put after it, but those that say what kind of thing something is."""
     if isinstance(value, dict):
-        kept = ("target", "precision", "source")
+        kept = ("target", "precision", "source", "reads", "writes")
         return {key: entry if key in kept else hostile(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [hostile(entry) for entry in value]
@@ -103,7 +104,10 @@ def hostile(value: Any) -> Any:
 
 
 def test_whatever_is_given_is_shown_as_text(rich: Documents) -> None:
-    plain, root = parsed(page_of(rich)), parsed(page_of(hostile(rich), f"tiny{HOSTILE}.foldgroup"))
+    given = hostile(rich)
+    for record, original in zip(given["passes"]["passes"], rich["passes"]["passes"], strict=True):
+        record["name"] = original["name"]  # of a pass
+    plain, root = parsed(page_of(rich)), parsed(page_of(given, f"tiny{HOSTILE}.foldgroup"))
     for tag in {element.tag for element in root} - {"wbr"}:
         assert len(root.all(tag)) == len(plain.all(tag)), tag
     attributes = [sorted(e.attributes) for e in root if e.tag != "wbr"]
@@ -144,13 +148,19 @@ def with_value(value: Any, *path: str) -> Callable[[Documents], None]:
     return change
 
 
+def without_groups(documents: Documents) -> None:
+    documents["manifest"]["layers"] = []
+    documents["passes"]["passes"] = []
+
+
 @pytest.mark.parametrize(
     ("change", "gone"),
     [
         (without("verification", "profile"), "time"),
         (without("verification", "tuning"), "tuning"),
         (with_value({}, "verification", "tuning"), "tuning"),
-        (with_value([], "manifest", "layers"), "maps"),
+        (without_groups, "maps"),
+        (with_value([], "manifest", "layers"), None),
         (without("verification", "machine"), None),
         (without("verification", "not_run"), None),
         (with_value({}, "verification", "tiers"), None),
@@ -206,7 +216,7 @@ class TestSections:
 
     def test_maps_of_every_layer_before_and_after(self, rich: Documents) -> None:
         part = section(rich, "maps")
-        names = [layer["name"] for layer in rich["manifest"]["layers"]]
+        names = [layer["name"] for layer in (*rich["manifest"]["layers"], *rich["manifest"]["found"])]
         assert [option.text for option in part.only("select").all("option")] == names
         maps = [e for e in part.all("div") if "data-layer" in e.attributes]
         assert [e.attributes["data-layer"] for e in maps] == names
@@ -216,6 +226,15 @@ class TestSections:
         assert captions[1][2] == "as it runs: 2 groups, zeros beside what was learned"
         runs = maps[1].all("svg")[2]
         assert (len(runs.all("rect", **{"class": "three"})), len(runs.all("rect", **{"class": "one"}))) == (2, 4)
+        assert captions[3] == ["as trained: groups in its zeros", "reordered: 2 of 8→4, 1 of 3→5"]
+        before, after = maps[3].all("svg")
+        connected = shaded(before, 20, 14)
+        assert (
+            connected[np.ix_([*range(7), 11], range(4, 8))].all()
+            and connected[np.ix_(range(8, 11), range(8, 13))].all()
+        )
+        assert connected.sum() == 2 * 8 * 4 + 3 * 5
+        assert len(after.all("rect", **{"class": "one"})) == 3
 
     def test_the_ledger_lists_every_shuffle(self, rich: Documents) -> None:
         part = section(rich, "shuffles")
@@ -371,6 +390,37 @@ def test_rectangular_masks_are_drawn_over_the_digits_they_share(shape: tuple[int
 def test_a_mask_with_thousands_of_channels_stays_small() -> None:
     assert len(svg.mask("conv", 4096, 4096, [0, 1] * 6)) < 20_000
     assert svg.blocks("groups", 4096).count("<rect") == svg.MOST_BLOCKS + 1
+
+
+def shaded(mask: Element, rows: int, columns: int) -> npt.NDArray[np.float64]:
+    """The share of every cell that connects, rounded up to a shade, read off a drawing's paths."""
+    shares = np.zeros((rows, columns))
+    for path in mask.all("path"):
+        for x, y, width in re.findall(r"M(\d+) (\d+)h(\d+)v1H\1z", path.attributes["d"] or ""):
+            shares[int(y), int(x) : int(x) + int(width)] += float(path.attributes["fill-opacity"] or 0)
+    return shares
+
+
+@given(arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=12)))
+def test_a_mask_without_digits_is_drawn_as_it_is(connected: npt.NDArray[np.bool_]) -> None:
+    mask = parsed(svg.scattered("conv", connected)).only("svg")
+    np.testing.assert_array_equal(shaded(mask, *connected.shape), connected)
+
+
+def test_the_cells_of_many_channels_are_as_dark_as_they_are_full() -> None:
+    connected = np.zeros((4 * svg.MOST_CELLS, svg.MOST_CELLS + 1), bool)
+    connected[:4, 0] = connected[4:6, 0] = connected[8, 0] = True
+    shares = shaded(parsed(svg.scattered("conv", connected)).only("svg"), svg.MOST_CELLS, svg.MOST_CELLS)
+    assert shares[:4, 0].tolist() == [1, 0.5, 0.25, 0] and shares.sum() == 1.75
+    random = np.random.default_rng(0).random((2048, 2048)) < 0.1
+    assert len(svg.scattered("conv", random)) < 100_000
+
+
+def test_groups_of_any_widths_are_drawn_one_after_the_other() -> None:
+    body = parsed(svg.diagonal("conv", [(1, 2), (3, 2)], side=40)).all("rect", **{"class": "one"})
+    places = [[float(rect.attributes[key] or 0) for key in ("x", "y", "width", "height")] for rect in body]
+    assert places == [[0, 0, 20, 10], [20, 10, 20, 30]]
+    assert svg.diagonal("conv", [(1, 1)] * 1000).count('class="one"') <= svg.MOST_BLOCKS
 
 
 def test_a_histogram_of_nothing() -> None:
