@@ -2,10 +2,12 @@
 
 * What a network computes of its own tensors alone, such as a kernel times a mask that its gates describe, is the same
   in every call. It is computed here, once, as the network does it: in its own precision, or in float32 if that is more.
-  So is what layers of torch's own make of them; any other layer is the network's, and stays.
+  So is what layers of torch's own make of them; any other layer is the network's, and stays. Casting a mask to the
+  dtype of what it meets, or overwriting a copy of a kernel, makes it no less constant.
 * A layer that is called as a function, with such weights, becomes the module of torch's that computes the same:
   ``functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)`` a ``BatchNorm2d``.
 * What asks a parameter for its dtype or device asks the input, if both are of the same.
+* What reads a tensor after it was overwritten reads the result of what did that, which is the same tensor.
 * Sizes that nothing depends on are not asked for, nor is anything asserted: both would be readers of what is asked.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import magic_methods
 from torch.nn import functional
 
-from foldgroup.purity import ASKING, overwritten
+from foldgroup.purity import ASKING, other_reader, read_what_is_written
 from foldgroup.trace import add_buffer, add_module, called_module, shape_of
 
 _Tensors: TypeAlias = Mapping[str, Tensor]
@@ -31,23 +34,31 @@ _Make: TypeAlias = Callable[[int, _Tensors, _Options], nn.Module | None]
 _STATISTICS = ("running_mean", "running_var")
 _WEIGHTS = ("weight", "bias", *_STATISTICS)
 
+_KIND_OF = {"type_as": 1, "to": 1, "new_full": 0, "new_ones": 0, "new_tensor": 0, "new_zeros": 0}
+"""By method: which operand may be a tensor of which only dtype and device matter."""
+
 _OPERATORS = {getattr(operator, name) for name in magic_methods if hasattr(operator, name)}
 
 
-def compute_constants(graph: fx.GraphModule) -> None:
+def compute_constants(graph: fx.GraphModule, dtypes_of: Callable[[], Mapping[str, torch.dtype]]) -> None:
     """Compute what depends on no input, and keep it in its place; shapes need not be known.
 
-    Whatever is asked for its device, it is the network's.
+    Of what does depend on the input, the device is the network's, and so is the dtype, which ``dtypes_of`` tells by the
+    node's name: a mask that is cast to it is a constant.
     """
     known: dict[fx.Node, Any] = {}
     device = next((parameter.device for parameter in graph.parameters()), torch.device("cpu"))
+    dtypes = cache(dtypes_of)
     for node in graph.graph.nodes:
+        reads, about, given = set(node.all_input_nodes), _read_for_its_kind(node), known
+        if about is not None and known.keys() >= reads - {about} and about not in known and about.name in dtypes():
+            given = known | {about: torch.empty(0, dtype=dtypes()[about.name], device=device)}
         if node.op == "get_attr":
             known[node] = _widened(_attribute(graph, node))
         elif node.target is getattr and node.args[1] == "device":
             known[node] = device
-        elif node.all_input_nodes and known.keys() >= set(node.all_input_nodes):
-            value = _evaluated(graph, node, known)
+        elif reads and given.keys() >= reads:
+            value = _evaluated(graph, node, given)
             if value is not None:
                 known[node] = value
         if isinstance(known.get(node), Tensor):
@@ -64,6 +75,18 @@ def compute_constants(graph: fx.GraphModule) -> None:
             for reader in list(node.users):
                 _inline(reader, node, value)
             graph.graph.erase_node(node)
+
+
+def _read_for_its_kind(node: fx.Node) -> fx.Node | None:
+    """The operand of which only dtype and device matter, if ``node`` has one."""
+    if node.target is getattr and node.args[1] == "dtype":
+        place = 0
+    elif node.op == "call_method":
+        place = _KIND_OF.get(str(node.target), len(node.args))
+    else:
+        return None
+    operand = node.args[place] if place < len(node.args) else node.kwargs.get("other")
+    return operand if isinstance(operand, fx.Node) and operand not in node.args[:place] else None
 
 
 def _inline(reader: fx.Node, node: fx.Node, value: float | torch.Size) -> None:
@@ -86,12 +109,14 @@ def _narrowed(value: Tensor, graph: fx.GraphModule) -> Tensor:
 
 
 def _evaluated(graph: fx.GraphModule, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
-    """What ``node`` comes to; None if that is nothing, or if it overwrites what it reads."""
+    """What ``node`` comes to; None if that is nothing, or if it overwrites what the network has or reads elsewhere."""
     module = called_module(graph, node)
+    written = read_what_is_written(graph, node)
     own = module is not None and (not type(module).__module__.startswith("torch.nn.") or module.training)
-    if own or overwritten(graph, node):
+    if own or any(operand.op == "get_attr" or other_reader(graph, operand, node) for operand in written):
         return None
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
+    copies = {operand: known[operand].clone() for operand in written}
+    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: copies.get(operand, known.get(operand)))
     call: Any = module or node.target
     if node.op == "call_method":
         call, args = getattr(args[0], str(node.target)), args[1:]
@@ -107,6 +132,8 @@ def canonical(graph: fx.GraphModule, *, to_train: bool = False) -> fx.GraphModul
 
     Batch norm stays a function in a graph ``to_train``: as a module, it would take its statistics from the batch.
     """
+    for node in graph.graph.nodes:
+        read_what_is_written(graph, node)
     _ask_the_input(graph)
     _call_modules(graph, {functional.batch_norm} if to_train else set())
     for node in graph.graph.find_nodes(op="call_function", target=torch._assert):

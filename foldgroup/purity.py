@@ -55,7 +55,11 @@ _FUNCTIONALS = {
         functional.avg_pool2d,
     ),
 }
-_NEW = _WITH_WEIGHTS | _ACTIVATIONS | _POOLINGS | _ARITHMETIC | _FUNCTIONALS
+_CREATIONS = {
+    *("clone", "new_full", "new_ones", "new_tensor", "new_zeros", torch.clone, torch.full, torch.ones, torch.zeros),
+    *(torch.eye, torch.full_like, torch.ones_like, torch.zeros_like),
+}
+_NEW = _WITH_WEIGHTS | _ACTIVATIONS | _POOLINGS | _ARITHMETIC | _FUNCTIONALS | _CREATIONS
 """What returns a new tensor when it does not work in place; all else might return a view of its operands."""
 
 _ABOUT = {"shape", "ndim", "dtype", "device", "is_cuda", "requires_grad"}
@@ -76,7 +80,7 @@ def impurity(graph: fx.GraphModule) -> str | None:
             if replaced:
                 return f"{node.target} has a {replaced[0]}() of its own: make it a class"
         for value in overwritten(graph, node):
-            reader = _other_reader(graph, value, node)
+            reader = other_reader(graph, value, node)
             if reader is not None:
                 return f"{node.name} overwrites {value.name}, which {reader} too: do not work in place"
     return None
@@ -100,7 +104,24 @@ def overwritten(graph: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     return [value for value in written if isinstance(value, fx.Node) and "shape" in value.meta]
 
 
-def _other_reader(graph: fx.GraphModule, value: fx.Node, reader: fx.Node) -> str | None:
+def read_what_is_written(graph: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """Let what reads a tensor after ``node`` has overwritten it read the result of ``node``, which is that tensor.
+
+    Returns the tensors that it overwrites.
+    """
+    written = overwritten(graph, node)
+    for value in written:
+        if len(value.users) > 1:
+            later, following = set(), node.next
+            while following.op != "root":
+                later.add(following)
+                following = following.next
+            for reader in later.intersection(value.users):
+                reader.replace_input_with(value, node)
+    return written
+
+
+def other_reader(graph: fx.GraphModule, value: fx.Node, reader: fx.Node) -> str | None:
     """Who but ``reader`` reads ``value`` or something that ``value`` may be a view of."""
     if value.op == "get_attr":
         return "the next call reads"
@@ -108,7 +129,7 @@ def _other_reader(graph: fx.GraphModule, value: fx.Node, reader: fx.Node) -> str
     if others or _is_new(graph, value):
         return f"{others[0]} reads" if others else None
     operands = overwritten(graph, value) or value.all_input_nodes  # an in-place operation returns what it overwrote
-    return next((found for operand in operands if (found := _other_reader(graph, operand, value)) is not None), None)
+    return next((found for operand in operands if (found := other_reader(graph, operand, value)) is not None), None)
 
 
 def asks(node: fx.Node) -> bool:

@@ -116,7 +116,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], *, to_train: bool = Fa
             f"{type(model).__name__} takes {len(inputs)} inputs ({names}): wrap it in a module that takes one tensor"
         )
     if not to_train:
-        compute_constants(graph)
+        compute_constants(graph, lambda: _dtypes_of(graph, input_shape))
     attach_shapes(graph, input_shape)
     graph = canonical(graph, to_train=to_train)
     for node in graph.graph.nodes:
@@ -178,15 +178,25 @@ def check_trains_alike(model: nn.Module) -> None:
             )
 
 
-def attach_shapes(graph: fx.GraphModule, input_shape: tuple[int, ...]) -> None:
-    """Set ``meta["shape"]`` of every node whose value is a tensor, computing no values.
+def attach_shapes(
+    graph: fx.GraphModule, input_shape: tuple[int, ...], dtypes: dict[str, torch.dtype] | None = None
+) -> None:
+    """Set ``meta["shape"]`` of every node whose value is a tensor, computing no values; note its type in ``dtypes``.
 
     Raises:
         TraceError: if the graph does not accept this shape.
     """
     dtype = next((p.dtype for p in graph.parameters()), torch.float32)
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        _Shapes(graph, mode).run(torch.empty(input_shape, dtype=dtype))
+        _Shapes(graph, mode, {} if dtypes is None else dtypes).run(torch.empty(input_shape, dtype=dtype))
+
+
+def _dtypes_of(graph: fx.GraphModule, input_shape: tuple[int, ...]) -> dict[str, torch.dtype]:
+    """The dtype of every tensor, by its node's name, for an input of this shape, as far as the graph accepts it."""
+    dtypes: dict[str, torch.dtype] = {}
+    with contextlib.suppress(TraceError):
+        attach_shapes(fork(graph), input_shape, dtypes)
+    return dtypes
 
 
 _NORMS = {nn.BatchNorm1d: (2, 3), nn.BatchNorm2d: (4,), nn.BatchNorm3d: (5,)}
@@ -230,11 +240,12 @@ def _convolved(conv: _ConvNd, *given: Any) -> tuple[int, ...] | None:
 
 
 class _Shapes(fx.Interpreter):
-    """Notes the shape of every tensor it meets."""
+    """Notes the shape of every tensor it meets, and in ``dtypes`` its type."""
 
-    def __init__(self, graph: fx.GraphModule, mode: FakeTensorMode) -> None:
+    def __init__(self, graph: fx.GraphModule, mode: FakeTensorMode, dtypes: dict[str, torch.dtype]) -> None:
         super().__init__(graph)
         self.mode = mode
+        self.dtypes = dtypes
         self.extra_traceback = False  # our error names the node
 
     def run_node(self, n: fx.Node) -> Any:
@@ -247,6 +258,7 @@ class _Shapes(fx.Interpreter):
             raise TraceError(f"the network does not accept an input of shape {shape}: {where}: {error}") from error
         if isinstance(value, Tensor):
             n.meta["shape"] = tuple(value.shape)
+            self.dtypes[n.name] = value.dtype
         return value
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from foldgroup.compiler import compile
 from foldgroup.finetune import folded_for_training
 from foldgroup.inspection import inspect
+from foldgroup.purity import impurity
 from foldgroup.report.layout import groups_in_words
 from foldgroup.report.tables import compile_summary, inspection_table
 from foldgroup.trace import called_module, shape_of, trace
@@ -254,7 +255,7 @@ REMAIN = {
     ),
     "no weights": (lambda m, x: functional.batch_norm(x, m.running_mean, m.running_var) * m.w, (1,)),
     "weights of the moment": (lambda m, x: functional.conv2d(x, m.w * x.mean()), (6, 4, 3, 3)),
-    "weights that are overwritten": (lambda m, x: functional.linear(x, m.w.clone().add_(1)), (6, 9)),
+    "weights that are overwritten": (lambda m, x: functional.linear(x, m.w.data.clamp_(-1, 1)), (6, 9)),
     "one stride for both axes, in a list": (lambda m, x: functional.conv2d(x, m.w, stride=[2]), (6, 4, 3, 3)),
     "no batch": (lambda m, x: functional.conv2d(x[0], m.w).unsqueeze(0), (6, 4, 3, 3)),
 }
@@ -307,12 +308,29 @@ def test_calls_with_the_same_weights_are_calls_of_one_module():
     assert len({node.target for node in graph.graph.nodes if node.op == "call_module"}) == 1
 
 
+def _overwritten_copy(m: nn.Module, x: Tensor) -> Tensor:
+    copy = m.w.clone()
+    same = copy
+    copy.mul_(2)
+    same += m.w
+    return x * copy[:, None, None]
+
+
 COMPUTED = {
     "moved": lambda m, x: x * m.w.view(1, -1, 1).unsqueeze(-1),
     "moved twice": lambda m, x: x * m.w.reshape(1, -1, 1, 1) + m.w.reshape(4, 1, 1),
     "in another type": lambda m, x: x * m.w.double().exp().float()[:, None, None],
     "a slice": lambda m, x: x * m.w[2:3] + m.w.unsqueeze(-1)[:, None][1:2],
     "on the device of the input": lambda m, x: x * torch.kron(m.w, torch.ones(1, device=x.device))[0],
+    "in the type of the input": lambda m, x: x * m.w.sign().to(dtype=x.dtype, device=x.device)[:, None, None],
+    "like something inside": lambda m, x: (y := x.exp()) * m.w.sign().type_as(y)[:, None, None],
+    "to something inside": lambda m, x: (y := x.exp()) * m.w.sign().to(y)[:, None, None],
+    "like something inside, by its name": lambda m, x: (y := x.exp()) * m.w.sign().type_as(other=y)[:, None, None],
+    "made like something inside": lambda m, x: (y := x.exp()) * (m.w[:, None, None] * y.new_ones(4, 1, 1)),
+    "in a longer type": lambda m, x: (y := x.double()) * m.w.to(y.dtype)[:, None, None],
+    "by its type": lambda m, x: (y := x.exp()) * (m.w * (2 if y.dtype == torch.float32 else 3))[:, None, None],
+    "an overwritten copy": _overwritten_copy,
+    "overwritten ones": lambda m, x: (y := x.exp()) * y.new_zeros(4).add_(m.w)[:, None, None],
     "its size": lambda m, x: x * m.w.shape[0] + m.w.dim() + len(m.w.view(1, -1)),
     "all of it": lambda m, x: x + torch.kron(m.w.sign(), torch.ones(9))[:9].cumsum(0),
 }
@@ -328,6 +346,42 @@ def test_what_depends_on_no_input_is_computed_once(name):
         assert node.op in ("placeholder", "get_attr", "output") or any(r.op != "get_attr" for r in node.all_input_nodes)
         assert node.op != "get_attr" or shape_of(node) == tuple(getattr(graph, node.target).shape)
     assert set(vars(network)) == attributes
+
+
+def _read_before(m: nn.Module, x: Tensor) -> Tensor:
+    copy = m.w.clone()
+    y = x * copy
+    copy.mul_(2)
+    return y + copy
+
+
+def _view_read_later(m: nn.Module, x: Tensor) -> Tensor:
+    copy = m.w.clone()
+    view = copy.view(2, 2)
+    copy.mul_(2)
+    return x + view.flatten()
+
+
+@pytest.mark.parametrize("call", [_read_before, _view_read_later, lambda m, x: x * m.w.mul_(2)])
+def test_what_is_read_otherwise_before_it_is_overwritten_is_not_computed(call):
+    network = weights(call, (4,))
+    before = network.w.clone()
+    assert "do not work in place" in str(impurity(trace(network, (1, 4))))
+    assert torch.equal(network.w, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_masks_in_the_type_of_what_they_meet_are_groups(tmp_path, dtype):
+    def call(m: nn.Module, x: Tensor) -> Tensor:
+        y = functional.conv2d(x.relu(), m.w * m.w.gt(0).type_as(x.relu()))
+        return functional.conv2d(y, m.b * torch.eye(4, dtype=y.dtype, device=y.device)[:, :, None, None])
+
+    network = weights(call, (4, 4, 1, 1), (4, 4, 1, 1)).to(dtype)
+    with torch.no_grad():
+        network.w[:2, 2:] = network.w[2:, :2] = -1
+    bundle = compile(network, tmp_path / "m", example_input=(1, 4, 5, 5), engine=False)
+    groups = {layer["name"]: [part["count"] for part in layer["groups"]] for layer in bundle.manifest["found"]}
+    assert groups["conv2d_"] == [4] and sum(groups["conv2d"]) > 1
 
 
 class Bias(nn.Module):
