@@ -1,12 +1,13 @@
-"""Channel shuffles that a network writes as reshape, transpose, reshape."""
+"""Channel shuffles that a network writes as reshape, transpose, reshape, or as a constant index."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Set
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from foldgroup.channel_order import ChannelOrder
@@ -19,10 +20,11 @@ _LONGEST = 6
 
 
 def shuffle_at(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ChannelOrder] | None:
-    """The tensor x and the order p of which the value of ``node`` is x[:, p] for reasons of shape alone; None if none.
+    """The tensor x and the order p of which the value of ``node`` is x[:, p] whatever x holds; None if there is none.
 
-    Numbers of elements are led from a tensor of the same shape through the reshapes and transposes up to ``node``,
-    which must leave the batch and the positions behind the channels as they were.
+    A constant index is looked up. Otherwise it is so for reasons of shape alone: numbers of elements are led from a
+    tensor of the same shape through the reshapes and transposes up to ``node``, which must leave the batch and the
+    positions behind the channels as they were.
     """
     module = called_module(graph, node)
     groups: Any = module.groups if type(module) is nn.ChannelShuffle else None
@@ -32,7 +34,14 @@ def shuffle_at(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ChannelOr
         channels = shape_of(node)[1]
         order = ChannelOrder.from_digits([groups, channels // groups], [1, 0])
         return (node.all_input_nodes[0], order) if not order.is_identity else None
-    if not _is(node, _RESHAPES) or len(shape_of(node)) < 2:
+    if len(shape_of(node)) < 2:
+        return None
+    indexed = _indexed(graph, node)
+    if indexed is not None:
+        source, index = indexed
+        moved = sorted(index) == list(range(shape_of(source)[1])) != index
+        return (source, ChannelOrder(tuple(index))) if moved else None
+    if not _is(node, _RESHAPES):
         return None
     chain, source = [node], node.all_input_nodes[0]
     while len(chain) < _LONGEST:
@@ -44,6 +53,29 @@ def shuffle_at(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, ChannelOr
         chain.append(source)
         source = source.all_input_nodes[0]
     return None
+
+
+def _indexed(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[int]] | None:
+    """The tensor from which ``node`` takes channels by a constant index, and these; None if it does something else."""
+    args: Any = node.args
+    if node.target is operator.getitem and isinstance(args[1], tuple) and len(args[1]) > 1:
+        source, (batch, index, *rest) = args
+        if batch != slice(None) or any(part not in (slice(None), Ellipsis) for part in rest):
+            return None
+    elif node.target in (torch.index_select, "index_select"):
+        given: dict[str, Any] = {**dict(zip(("input", "dim", "index"), args, strict=False)), **node.kwargs}
+        source, index = given["input"], given["index"]
+        if given["dim"] not in (1, 1 - len(shape_of(node))):
+            return None
+    else:
+        return None
+    if isinstance(index, fx.Node) and index.op == "get_attr":
+        value = operator.attrgetter(str(index.target))(graph)
+        whole = isinstance(value, Tensor) and value.ndim == 1 and value.dtype in (torch.int32, torch.int64)
+        index = value.tolist() if whole else None
+    if not isinstance(index, list | tuple) or not index or not all(type(n) is int for n in index):
+        return None
+    return source, [n + shape_of(source)[1] if n < 0 else n for n in index]
 
 
 def _is(node: fx.Node, operations: Set[object]) -> bool:

@@ -2,11 +2,12 @@
 
 Given::
 
-    %a = view(%x, N, g, C/g, …)   %b = transpose(%a, 1, 2)   %y = view(%b, N, C, …)        | nn.ChannelShuffle
+    %a = view(%x, N, g, C/g, …)   %b = transpose(%a, 1, 2)   %y = view(%b, N, C, …)
+    | nn.ChannelShuffle   | %y = %x[:, p]   | %y = index_select(%x, 1, p), p constant
 
 Result::
 
-    %y = ChannelShuffle(%x)           y = x[:, p], p the order that the shapes amount to
+    %y = ChannelShuffle(%x)           y = x[:, p], p given, or the order that the shapes amount to
 
 1. The operations between may not have other users, or they stay for these.
 """
@@ -23,7 +24,7 @@ from foldgroup.trace import add_module, fork
 
 
 class RecogniseShuffles(Pass):
-    """Replace reshape–transpose–reshape of the channels by a ChannelShuffle."""
+    """Replace reshape–transpose–reshape of the channels, or their index, by a ChannelShuffle."""
 
     name = "recognise_shuffles"
     requires = Stage.TRAINING
@@ -57,6 +58,6 @@ def _drop(graph: fx.GraphModule, last: fx.Node, source: fx.Node) -> None:
     led = {last}
     for node in reversed(list(graph.graph.nodes)):
         unused = node in led and not node.users and node is not source
-        if unused and (node is last or node.op in ("call_function", "call_method")):
+        if unused and (node is last or node.op in ("call_function", "call_method", "get_attr")):
             led |= set(node.all_input_nodes)
             graph.graph.erase_node(node)

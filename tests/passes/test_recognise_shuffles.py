@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from graphs import (
@@ -18,6 +20,9 @@ from graphs import (
     shuffles,
     untouched,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import quick
 from torch import Tensor, nn
 
 from foldgroup.certificate import certify
@@ -51,6 +56,81 @@ def test_reshapes_and_the_sizes_they_went_by_are_gone():
     assert called_module(case.folded, node).inserted_for == ""
     (note,) = case.result.records[0].rewrites
     assert note == Note("view_1", "a channel shuffle of 8 channels")
+
+
+ORDER = (3, 0, 7, 1, 2, 6, 5, 4)
+
+
+class Indexed(nn.Module):
+    """Applies a function to what it is given and an index of its own."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], index: Sequence[int] = ORDER) -> None:
+        super().__init__()
+        self.function = function
+        self.register_buffer("index", torch.tensor(index))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.index)
+
+
+INDEXED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "by a tensor": lambda x, p: x[:, p],
+    "by a tensor, all positions": lambda x, p: x[:, p, :, :],
+    "by a tensor, the rest": lambda x, p: x[:, p, ...],
+    "by a short tensor": lambda x, p: x[:, p.int()],
+    "by a parameter's order": lambda x, p: x[:, torch.argsort(torch.argsort(p))],
+    "by numbers": lambda x, _: x[:, list(ORDER)],
+    "from the end": lambda x, p: x[:, p - 8],
+    "select": lambda x, p: torch.index_select(x, 1, p),
+    "select, by names": lambda x, p: torch.index_select(index=p, dim=-3, input=x),
+    "select, a method": lambda x, p: x.index_select(-3, p),
+    "select, a method by names": lambda x, p: x.index_select(index=p, dim=1),
+}
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_a_constant_index_is_a_shuffle_and_goes_into_the_weights(name):
+    model = filled(nn.Sequential(conv(3, 8), Indexed(INDEXED[name]), nn.ReLU(), conv(8, 4)))
+    case = compiled(model, (2, 3, 5, 5))
+    assert_lawful(case, NAME)
+    (node,) = shuffles(case.made_by(NAME))
+    assert called_module(case.made_by(NAME), node).order == ChannelOrder(ORDER)
+    assert "get_attr" not in {node.op for node in case.made_by(NAME).graph.nodes}
+    assert shuffles(case.folded) == []
+
+
+OTHER_INDICES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Sequence[int]]] = {
+    "some": (lambda x, p: x[:, p], (1, 0, 2, 3)),
+    "several": (lambda x, p: x[:, p], (1, 0, 2, 3, 4, 4, 5, 6)),
+    "all as they were": (lambda x, p: x[:, p], range(8)),
+    "images": (lambda x, p: x[p][:, :8], (0, 0)),
+    "rows": (lambda x, p: x[:, :, p], (4, 3, 2, 1, 0)),
+    "rows, selected": (lambda x, p: x.index_select(2, p), (4, 3, 2, 1, 0)),
+    "channels and rows": (lambda x, p: x[:, p, 1:], ORDER),
+    "a matrix of channels": (lambda x, p: x[:, p.view(2, 4)].flatten(1, 2), ORDER),
+    "channels of the moment": (lambda x, p: x[:, (p + 0 * x.mean().int()) % 8], ORDER),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_INDICES)
+def test_another_index_is_left_as_it_is(name):
+    function, index = OTHER_INDICES[name]
+    case = apply(RecogniseShuffles(), nn.Sequential(conv(3, 8), Indexed(function, index), nn.ReLU()))
+    assert shuffles(case.folded) == []
+    assert certify(case.training, case.folded).holds
+
+
+MOVED = st.permutations(range(8)).filter(lambda order: order != list(range(8)))
+
+
+@quick()
+@given(MOVED, MOVED)
+def test_any_indices_one_after_another_are_absorbed(first, second):
+    one, other = (Indexed(INDEXED["by a tensor"], order) for order in (first, second))
+    model = nn.Sequential(conv(3, 8), one, nn.ReLU(), other, learned(8, 8, (0, 1, 0)), conv(8, 4))
+    case = compiled(filled(model), (2, 3, 5, 5))
+    assert shuffles(case.folded) == []
+    assert_lawful(case, NAME)
 
 
 def test_what_others_read_of_it_stays():
