@@ -2,8 +2,9 @@
 
 * What a network computes of its own tensors alone, such as a kernel times a mask that its gates describe, is the same
   in every call. It is computed here, once, as the network does it: in its own precision, or in float32 if that is more.
-  So is what layers of torch's own make of them; any other layer is the network's, and stays. Casting a mask to the
-  dtype of what it meets, or overwriting a copy of a kernel, makes it no less constant.
+  So is what layers of torch's own make of them, and what parametrizations make of the weights of such layers; any
+  other layer is the network's, and stays. Casting a mask to the dtype of what it meets, or overwriting a copy of a
+  kernel, makes it no less constant.
 * A layer that is called as a function, with such weights, becomes the module of torch's that computes the same:
   ``functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)`` a ``BatchNorm2d``.
 * What asks a parameter for its dtype or device asks the input, if both are of the same.
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import magic_methods
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from foldgroup.purity import ASKING, other_reader, read_what_is_written
 from foldgroup.trace import add_buffer, add_module, called_module, shape_of
@@ -46,6 +48,7 @@ def compute_constants(graph: fx.GraphModule, dtypes_of: Callable[[], Mapping[str
     Of what does depend on the input, the device is the network's, and so is the dtype, which ``dtypes_of`` tells by the
     node's name: a mask that is cast to it is a constant.
     """
+    _apply_parametrizations(graph)
     known: dict[fx.Node, Any] = {}
     device = next((parameter.device for parameter in graph.parameters()), torch.device("cpu"))
     dtypes = cache(dtypes_of)
@@ -75,6 +78,25 @@ def compute_constants(graph: fx.GraphModule, dtypes_of: Callable[[], Mapping[str
             for reader in list(node.users):
                 _inline(reader, node, value)
             graph.graph.erase_node(node)
+
+
+def _apply_parametrizations(graph: fx.GraphModule) -> None:
+    """Give layers of torch's own the tensors that their parametrizations make, once: a masked or normalised kernel."""
+    for target in {str(node.target) for node in graph.graph.find_nodes(op="call_module")}:
+        layer = graph.get_submodule(target)
+        kind: type[nn.Module] = parametrize.type_before_parametrizations(layer)
+        if not parametrize.is_parametrized(layer) or not kind.__module__.startswith("torch.nn.") or layer.training:
+            continue
+        parts: dict[str, Any] = dict(layer._modules)
+        try:
+            with torch.no_grad():
+                made = {name: getattr(layer, name).detach() for name in parts.pop("parametrizations")}
+        except Exception:  # as it will where shapes are looked for, which says so
+            continue
+        weights = {name: nn.Parameter(value, requires_grad=False) for name, value in made.items()}
+        plain = nn.Module.__new__(kind)
+        vars(plain).update(vars(layer), _parameters=weights | layer._parameters, _modules=parts)
+        graph.add_submodule(target, plain)
 
 
 def _read_for_its_kind(node: fx.Node) -> fx.Node | None:

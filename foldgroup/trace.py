@@ -186,9 +186,25 @@ def attach_shapes(
     Raises:
         TraceError: if the graph does not accept this shape.
     """
-    dtype = next((p.dtype for p in graph.parameters()), torch.float32)
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        _Shapes(graph, mode, {} if dtypes is None else dtypes).run(torch.empty(input_shape, dtype=dtype))
+    failures = []
+    for dtype in _input_types(graph):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        try:
+            with torch.no_grad(), mode:
+                _Shapes(graph, mode, {} if dtypes is None else dtypes).run(torch.empty(input_shape, dtype=dtype))
+            return
+        except TraceError as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def _input_types(graph: fx.GraphModule) -> list[torch.dtype]:
+    """What may be the network's own type. Layers that took in a batch norm are in float64, whatever that is."""
+    tensors = [*graph.parameters()]
+    for node in graph.graph.find_nodes(op="get_attr"):
+        tensors.append(operator.attrgetter(str(node.target))(graph))
+    types = [value.dtype for value in tensors if isinstance(value, Tensor) and value.is_floating_point()]
+    return list(dict.fromkeys((*types[:1], *(dtype for dtype in types if dtype != torch.float64)))) or [torch.float32]
 
 
 def _dtypes_of(graph: fx.GraphModule, input_shape: tuple[int, ...]) -> dict[str, torch.dtype]:

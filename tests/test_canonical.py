@@ -8,8 +8,10 @@ from graphs import Call, conv, filled, learned
 from rich.console import Console, Group
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrizations, parametrize
 
 from foldgroup.compiler import compile
+from foldgroup.errors import TraceError
 from foldgroup.finetune import folded_for_training
 from foldgroup.inspection import inspect
 from foldgroup.purity import impurity
@@ -382,6 +384,73 @@ def test_masks_in_the_type_of_what_they_meet_are_groups(tmp_path, dtype):
     bundle = compile(network, tmp_path / "m", example_input=(1, 4, 5, 5), engine=False)
     groups = {layer["name"]: [part["count"] for part in layer["groups"]] for layer in bundle.manifest["found"]}
     assert groups["conv2d_"] == [4] and sum(groups["conv2d"]) > 1
+
+
+class Masked(nn.Module):
+    """A parametrization: every other entry is zero; ``broken``, it is none."""
+
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__()
+        self.broken = broken
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.broken:
+            raise ArithmeticError("broken")
+        return weight * (torch.arange(weight.numel()) % 2).reshape(weight.shape)
+
+
+class OwnConv(nn.Conv2d):
+    """A convolution of the network's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def masked(layer: nn.Module, *names: str, **options: bool) -> nn.Module:
+    for name in names:
+        parametrize.register_parametrization(layer, name, Masked(**options))
+    return layer
+
+
+PARAMETRIZED = {
+    "kernel": lambda: masked(nn.Conv2d(4, 6, 3), "weight"),
+    "kernel and bias": lambda: masked(nn.Conv2d(4, 6, 3), "weight", "bias"),
+    "several": lambda: masked(masked(nn.Conv2d(4, 6, 3, bias=False), "weight"), "weight"),
+    "weight norm": lambda: parametrizations.weight_norm(nn.Conv2d(4, 6, 3)),
+    "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(9, 5)),
+    "scale of a norm": lambda: masked(nn.BatchNorm2d(4), "weight"),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETRIZED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_parametrizations_make_is_made_once(name, dtype):
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.ReLU(), PARAMETRIZED[name]()).eval().to(dtype), torch.randn(2, 4, 9, 9, dtype=dtype)
+    kind = parametrize.type_before_parametrizations(network[1])
+    state = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    graph = trace(network, (1, 4, 9, 9))
+    assert type(graph.get_submodule("1")) is kind and impurity(graph) is None
+    assert not any("original" in key for key in graph.state_dict())
+    assert torch.equal(graph(x), network(x))
+    assert parametrize.is_parametrized(network[1])
+    assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items())
+
+
+def test_parametrizations_stay_of_layers_that_are_the_networks_own_or_will_be_trained():
+    own, x = nn.Sequential(nn.ReLU(), masked(OwnConv(4, 6, 3), "weight")).eval(), torch.randn(2, 4, 9, 9)
+    graph = trace(own, (1, 4, 9, 9))
+    assert parametrize.is_parametrized(graph.get_submodule("1"))
+    assert torch.equal(graph(x), own(x))
+    to_train = trace(nn.Sequential(masked(nn.Conv2d(4, 6, 3), "weight")), (1, 4, 9, 9), to_train=True)
+    assert parametrize.is_parametrized(to_train.get_submodule("0"))
+
+
+def test_a_parametrization_that_fails_is_an_error_of_the_network():
+    network = nn.Sequential(masked(nn.Conv2d(4, 6, 3), "weight", broken=False))
+    network[0].parametrizations.weight[0].broken = True
+    with pytest.raises(TraceError, match="0: broken"):
+        trace(network, (1, 4, 9, 9))
 
 
 class Bias(nn.Module):

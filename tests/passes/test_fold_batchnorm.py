@@ -321,3 +321,14 @@ def test_runs_before_shuffles_are_absorbed_too():
     assert [note.node for note in case.result.records[-1].rewrites] == ["1"]
     assert certify(case.training, case.folded).holds
     assert FoldGroups.gives == FoldBatchNorm.requires
+
+
+@pytest.mark.parametrize("after", [(), (conv(8, 4),)], ids=["nothing in float32", "a layer in float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_folded_layers_meet_constants_in_the_networks_own_type(dtype, after):
+    """Folded, they are in float64 until they are written."""
+    mixed = Call(lambda x: torch.einsum("oc,nchw->nohw", torch.eye(8, dtype=dtype)[list(range(7, -1, -1))], x))
+    model = filled(nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), mixed, *after)).to(dtype)
+    case = apply(FoldBatchNorm(), model)
+    assert norms(case.folded) == []
+    assert certify(case.training, case.folded).holds
