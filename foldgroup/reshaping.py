@@ -62,10 +62,10 @@ def _indexed(graph: fx.GraphModule, node: fx.Node) -> tuple[fx.Node, list[int]] 
         source, (batch, index, *rest) = args
         if batch != slice(None) or any(part not in (slice(None), Ellipsis) for part in rest):
             return None
-    elif node.target in (torch.index_select, "index_select"):
+    elif node.op in ("call_function", "call_method") and node.target in (torch.index_select, "index_select"):
         given: dict[str, Any] = {**dict(zip(("input", "dim", "index"), args, strict=False)), **node.kwargs}
-        source, index = given["input"], given["index"]
-        if given["dim"] not in (1, 1 - len(shape_of(node))):
+        source, dim, index = given["input"], given["dim"], given["index"]
+        if dim not in (1, 1 - len(shape_of(node))):
             return None
     else:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -121,6 +122,11 @@ def test_another_index_is_left_as_it_is(name):
 
 
 MOVED = st.permutations(range(8)).filter(lambda order: order != list(range(8)))
+
+
+def test_a_layer_may_be_called_what_a_method_is():
+    model = filled(nn.Sequential(OrderedDict(first=conv(3, 8), index_select=nn.ReLU(), clone=conv(8, 4))))
+    assert_lawful(compiled(model, (2, 3, 5, 5)), NAME)
 
 
 @quick()
