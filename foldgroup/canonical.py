@@ -2,9 +2,9 @@
 
 * What a network computes of its own tensors alone, such as a kernel times a mask that its gates describe, is the same
   in every call. It is computed here, once, as the network does it: in its own precision, or in float32 if that is more.
-  So is what layers of torch's own make of them, and what parametrizations make of the weights of such layers; any
-  other layer is the network's, and stays. Casting a mask to the dtype of what it meets, or overwriting a copy of a
-  kernel, makes it no less constant.
+  So is what layers of torch's own make of them, and what pruning, weight norm or any parametrization makes of the
+  weights of such layers; any other layer is the network's, and stays. Casting a mask to the dtype of what it meets, or
+  overwriting a copy of a kernel, makes it no less constant.
 * A layer that is called as a function, with such weights, becomes the module of torch's that computes the same:
   ``functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)`` a ``BatchNorm2d``.
 * What asks a parameter for its dtype or device asks the input, if both are of the same.
@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, TypeAlias
@@ -23,7 +24,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import magic_methods
 from torch.nn import functional
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from foldgroup.purity import ASKING, other_reader, read_what_is_written
 from foldgroup.trace import add_buffer, add_module, called_module, shape_of
@@ -81,22 +84,54 @@ def compute_constants(graph: fx.GraphModule, dtypes_of: Callable[[], Mapping[str
 
 
 def _apply_parametrizations(graph: fx.GraphModule) -> None:
-    """Give layers of torch's own the tensors that their parametrizations make, once: a masked or normalised kernel."""
+    """Give layers of torch's own the weights that are made anew in every call: masked, pruned or normalised ones."""
     for target in {str(node.target) for node in graph.graph.find_nodes(op="call_module")}:
         layer = graph.get_submodule(target)
         kind: type[nn.Module] = parametrize.type_before_parametrizations(layer)
-        if not parametrize.is_parametrized(layer) or not kind.__module__.startswith("torch.nn.") or layer.training:
+        if not kind.__module__.startswith("torch.nn.") or layer.training or layer._forward_hooks:
             continue
-        parts: dict[str, Any] = dict(layer._modules)
         try:
             with torch.no_grad():
-                made = {name: getattr(layer, name).detach() for name in parts.pop("parametrizations")}
+                made, of = _made(layer)
         except Exception:  # as it will where shapes are looked for, which says so
             continue
-        weights = {name: nn.Parameter(value, requires_grad=False) for name, value in made.items()}
-        plain = nn.Module.__new__(kind)
-        vars(plain).update(vars(layer), _parameters=weights | layer._parameters, _modules=parts)
-        graph.add_submodule(target, plain)
+        if made:
+            weights = {name: nn.Parameter(value.detach(), requires_grad=False) for name, value in made.items()}
+            own = {name: value for name, value in vars(layer).items() if name not in made}  # where hooks put them
+            kept = {
+                k: {n: v for n, v in own[k].items() if n not in of} for k in ("_parameters", "_buffers", "_modules")
+            }
+            plain = nn.Module.__new__(kind)
+            vars(plain).update(own | kept, _parameters=weights | kept["_parameters"], _forward_pre_hooks=OrderedDict())
+            graph.add_submodule(target, plain)
+
+
+def _made(layer: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
+    """The tensors that parametrizations make, or torch's own hooks before each call, and what they make them of.
+
+    Nothing if there are other hooks.
+    """
+    made: dict[str, Tensor] = {}
+    of: set[str] = set()
+    if parametrize.is_parametrized(layer):
+        made |= {name: getattr(layer, name) for name in getattr(layer, "parametrizations")}  # noqa: B009
+        of.add("parametrizations")
+    hook: Any
+    for hook in layer._forward_pre_hooks.values():
+        call = type(hook).__call__
+        if call is prune.BasePruningMethod.__call__:
+            name = hook._tensor_name
+            made[name] = hook.apply_mask(layer)
+        elif call is WeightNorm.__call__:
+            name = hook.name
+            made[name] = hook.compute_weight(layer)
+        elif call is SpectralNorm.__call__:
+            name = hook.name
+            made[name] = hook.compute_weight(layer, False)
+        else:
+            return {}, set()
+        of.update(f"{name}_{part}" for part in ("orig", "mask", "g", "v", "u"))
+    return made, of
 
 
 def _read_for_its_kind(node: fx.Node) -> fx.Node | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from graphs import CASES, Call, Residual, compiled, compiled_case, conv, node_of, relu_
+from graphs import CASES, Call, Residual, compiled, compiled_case, conv, filled, node_of, relu_
 from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils import prune
@@ -204,16 +204,23 @@ def with_own_forward(layer: nn.Module) -> nn.Module:
     [
         (hooked, "0 has hooks: remove them"),
         (pre_hooked, "0 has hooks: remove them"),
-        (lambda layer: prune.identity(layer, "weight"), "0 has hooks: remove them"),
+        (lambda layer: pre_hooked(prune.identity(layer, "weight")), "0 has hooks: remove them"),
         (with_own_forward, "0 has a forward() of its own"),
     ],
-    ids=["hook", "hook before", "pruning", "forward of its own"],
+    ids=["hook", "hook before", "hook beside pruning", "forward of its own"],
 )
 def test_a_module_that_does_more_than_its_class_is_impure(change, message):
     layer = change(conv(3, 8))
     assert message in str(impurity(graph_of(layer)))
     with pytest.raises(PassError, match="the network cannot be compiled as it is: 0 has"):
         compiled(nn.Sequential(layer), SHAPE)
+
+
+def test_pruning_is_impure_as_it_is_written_and_is_in_the_weights_when_traced():
+    layer = prune.l1_unstructured(filled(conv(3, 8)), "weight", 5)
+    assert "0 has hooks: remove them" in str(impurity(as_written(layer)[1]))
+    case = compiled(nn.Sequential(layer), SHAPE)
+    assert int((case.training.get_submodule("0").weight == 0).sum()) == 5
 
 
 def test_training_mode_is_impure():
