@@ -209,12 +209,13 @@ _ACTIVATIONS = (
 )
 _POINTWISE = (
     *("abs", "clamp", "clip", "exp", "log", "neg", "reciprocal", "relu", "round", "rsqrt", "sigmoid", "sqrt", "square"),
-    *("tanh", "sin", "cos", "erf", "floor", "ceil"),
+    *("tanh", "sin", "cos", "erf", "floor", "ceil", "sign", "trunc", "exp2", "expm1", "log1p", "log2", "log10", "atan"),
 )
 _ARITHMETIC = ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "pow", "maximum", "minimum")
 _FUNCTIONALS = (
     *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "hardswish"),
-    *("hardsigmoid", "hardtanh", "logsigmoid", "softsign", "normalize"),
+    *("hardsigmoid", "hardtanh", "logsigmoid", "softsign", "normalize", "hardshrink", "softshrink", "tanhshrink"),
+    *("rrelu", "elu_", "celu_", "selu_", "leaky_relu_", "hardtanh_", "rrelu_"),
 )
 _DROPS = ("dropout", "dropout2d", "dropout3d")
 _REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "std", "prod", "logsumexp")
@@ -258,6 +259,11 @@ THROUGH: dict[str, tuple[Layer, tuple[int, ...]]] = {
     "Dropout1d": (nn.Dropout1d(), SIGNAL),
     "Threshold": (nn.Threshold(0.1, 3.0), IMAGE),
     **{f"torch.{n}": (positive(function(getattr(torch, n), **_CLAMPED.get(n, {}))), IMAGE) for n in _POINTWISE},
+    **{
+        f"torch.{n}_": (positive(function(getattr(torch, f"{n}_"), **_CLAMPED.get(n, {}))), IMAGE)
+        for n in _POINTWISE
+        if hasattr(torch, f"{n}_")
+    },
     **{f".{n}()": (positive(method(n, **_CLAMPED.get(n, {}))), IMAGE) for n in _POINTWISE},
     **{f".{n}_()": (positive(method(f"{n}_", **_CLAMPED.get(n, {}))), IMAGE) for n in _POINTWISE},
     **{f"functional.{n}": (function(getattr(functional, n)), IMAGE) for n in _FUNCTIONALS},

@@ -74,11 +74,12 @@ MODULE_RULES: dict[type[nn.Module], RuleOf] = {
 _BINARY = ("add", "sub", "mul", "truediv")
 _POINTWISE = (
     *("abs", "exp", "log", "neg", "reciprocal", "relu", "round", "rsqrt", "sigmoid", "sqrt", "square"),
-    *("tanh", "sin", "cos", "erf", "floor", "ceil"),
+    *("tanh", "sin", "cos", "erf", "floor", "ceil", "sign", "trunc", "exp2", "expm1", "log1p", "log2", "log10", "atan"),
 )
 _FUNCTIONALS = (
     *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus", "hardswish"),
-    *("hardsigmoid", "hardtanh", "logsigmoid", "softsign", "normalize"),
+    *("hardsigmoid", "hardtanh", "logsigmoid", "softsign", "normalize", "hardshrink", "softshrink", "tanhshrink"),
+    *("rrelu", "elu_", "celu_", "selu_", "leaky_relu_", "hardtanh_", "rrelu_"),
 )
 
 
@@ -90,11 +91,12 @@ def _functions() -> dict[object, RuleOf]:
     rules[operator.pow] = elementwise
     for name in ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "pow", "clamp", "clip"):
         rules |= dict.fromkeys((getattr(torch, name), name, f"{name}_"), elementwise)
+    rules |= dict.fromkeys((torch.clamp_, torch.clip_), elementwise)
     for name in ("maximum", "minimum"):
         rules |= dict.fromkeys((getattr(torch, name), name), elementwise)
     rules |= dict.fromkeys((torch.where, torch.lerp, torch.addcmul), elementwise)
     for name in _POINTWISE:
-        rules |= dict.fromkeys((getattr(torch, name), name, f"{name}_"), of_first)
+        rules |= dict.fromkeys((getattr(torch, name), getattr(torch, f"{name}_", name), name, f"{name}_"), of_first)
     rules |= dict.fromkeys((getattr(functional, name) for name in _FUNCTIONALS), of_first)
     rules |= dict.fromkeys((operator.neg, torch.clone, "contiguous", "clone", "detach"), of_first)
     rules |= dict.fromkeys(("float", "double", "half", "bfloat16", "to"), of_first)

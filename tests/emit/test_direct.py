@@ -311,6 +311,11 @@ MODULES: dict[str, tuple[nn.Module | Callable[..., Any], int]] = {
     ),
     "unchanged": (lambda x, _: x.contiguous().detach().clone().float().relu(), 2),
     "differences as functions": (lambda x, s: -torch.sub(x, s).neg() - torch.neg(torch.div(x, s)), 2),
+    "activations in place": (lambda x, _: torch.tanh_(torch.sigmoid_(torch.relu_(x))).relu_().tanh_().sigmoid_(), 2),
+    "limits in place": (
+        lambda x, _: torch.clamp_(functional.leaky_relu_(functional.hardtanh_(functional.elu_(x.clamp_(-3, 4)))), 0, 1),
+        2,
+    ),
     "in place": (lambda x, s: (x + s).add_(x).sub_(s).mul_(s).div_(s), 2),
     "overwritten twice": (differences_in_place, 2),
     "greater and smaller as methods": (lambda x, s: x.maximum(x * s).minimum(x * x), 2),
