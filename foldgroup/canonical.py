@@ -192,6 +192,7 @@ def canonical(graph: fx.GraphModule, *, to_train: bool = False) -> fx.GraphModul
     for node in graph.graph.nodes:
         read_what_is_written(graph, node)
     _ask_the_input(graph)
+    _count_groups(graph)
     _call_modules(graph, {functional.batch_norm} if to_train else set())
     for node in graph.graph.find_nodes(op="call_function", target=torch._assert):
         graph.graph.erase_node(node)
@@ -217,6 +218,29 @@ def _ask_the_input(graph: fx.GraphModule) -> None:
         asked = node.args[0]
         if _asks_for_kind(node) and asked.op == "get_attr" and _attribute(graph, asked).dtype == dtype:
             node.update_arg(0, given)
+
+
+def _count_groups(graph: fx.GraphModule) -> None:
+    """Put numbers of groups where layers are told so by a size of what they read: ``groups=x.shape[1]``."""
+    for node in graph.graph.nodes:
+        for asked in node.all_input_nodes if node.target in _GROUPED else ():
+            size = _size(asked)
+            if size is not None:
+                _inline(node, asked, size)
+
+
+def _size(node: fx.Node) -> int | None:
+    """The size of a tensor along an axis that is not the batch, if ``node`` is that."""
+    args: Any = node.args
+    tensor = axis = None
+    if node.target is operator.getitem and isinstance(args[0], fx.Node):
+        about, axis = args
+        if (about.target is getattr and about.args[1] == "shape") or (about.target == "size" and len(about.args) == 1):
+            (tensor,) = about.all_input_nodes
+    elif node.op == "call_method" and node.target == "size" and len(args) == 2:
+        tensor, axis = args
+    sizes = () if tensor is None else shape_of(tensor)
+    return sizes[axis] if sizes and isinstance(axis, int) and axis % len(sizes) else None
 
 
 def _call_modules(graph: fx.GraphModule, left: set[object]) -> None:
@@ -354,3 +378,9 @@ _FUNCTIONS: dict[object, tuple[tuple[str, ...], _Make]] = {
     },
 }
 """By function: its parameters in order, and the layer."""
+
+_GROUPED = {
+    *(functional.conv1d, functional.conv2d, functional.conv3d, functional.group_norm),
+    *(functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d),
+}
+"""Functions that are told a number of groups."""

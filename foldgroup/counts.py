@@ -95,11 +95,13 @@ def _call_cost(graph: fx.GraphModule, node: fx.Node, weight: fx.Node) -> LayerCo
     kind: Kind = "linear" if node.target is functional.linear else "conv"
     if node.target in _TRANSPOSED_CALLS:
         kind = "conv_transpose"
-    groups = 1 if kind == "linear" else _argument(node, 6, "groups", 1)
-    assert isinstance(groups, int)
+    over = node if kind == "conv_transpose" else _argument(node, 0, "input")
+    assert isinstance(over, fx.Node)
+    shape = _shape(weight)  # groups may be given as a size, which is no number here
+    groups = 1 if kind == "linear" else _shape(over)[1 - len(shape)] // shape[1]
     held = (_attribute(graph, n) for n in (weight, _argument(node, 2, "bias")) if isinstance(n, fx.Node))
     params = sum(tensor.numel() for tensor in held if isinstance(tensor, nn.Parameter))
-    return _cost(node.name, kind, node, _shape(weight), groups, params)
+    return _cost(node.name, kind, node, shape, groups, params)
 
 
 def _cost(name: str, kind: Kind, node: fx.Node, weight: tuple[int, ...], groups: int, params: int) -> LayerCost:

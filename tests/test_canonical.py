@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from foldgroup.compiler import compile
+from foldgroup.counts import layer_costs
 from foldgroup.errors import TraceError
 from foldgroup.finetune import folded_for_training
 from foldgroup.inspection import inspect
@@ -302,6 +303,40 @@ def test_a_layer_has_the_name_of_the_module_that_calls_it_unless_more_is_read_th
     assert torch.equal(graph(x), network(x))
     called = [node.target for node in graph.graph.nodes if node.op == "call_module"]
     assert called == ["0", "1.linear", "2.linear", "2.linear_"]
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [lambda x: x.shape[1], lambda x: x.size(1), lambda x: x.size()[1], lambda x: x.size(-3), lambda x: x.shape[-3]],
+)
+def test_as_many_groups_as_channels_are_a_number(groups):
+    network = weights(lambda m, x: functional.conv2d(x, m.w, groups=groups(x)), (4, 1, 3, 3))
+    graph, x = trace(network, (1, 4, 9, 9)), torch.randn(2, 4, 9, 9)
+    assert [node.op for node in graph.graph.nodes] == ["placeholder", "call_module", "output"]
+    assert torch.equal(graph(x), network(x))
+    assert [cost.groups for cost in layer_costs(graph)] == [4]
+
+
+@pytest.mark.parametrize("groups", [lambda x: x.shape[1] // 2, lambda x: x.shape[0] + 1, lambda x: x.size(0) * 2])
+def test_other_numbers_of_groups_stay_and_their_layers_are_counted(groups):
+    network = weights(lambda m, x: functional.conv2d(x, m.w, groups=groups(x)), (4, 2, 3, 3))
+    graph, x = trace(network, (1, 4, 9, 9)), torch.randn(1, 4, 9, 9)
+    assert "call_module" not in {node.op for node in graph.graph.nodes}
+    assert torch.equal(graph(x), network(x))
+    assert [(cost.groups, cost.macs) for cost in layer_costs(graph)] == [(2, 7 * 7 * 4 * 2 * 9)]
+
+
+def test_groups_of_a_transposed_convolution_and_a_norm_by_a_size_are_numbers():
+    network = weights(
+        lambda m, x: functional.group_norm(
+            functional.conv_transpose2d(x, m.w, groups=x.shape[1]), x.size(1), torch.ones(4), torch.ones(4)
+        ),
+        (4, 1, 2, 2),
+    )
+    graph, x = trace(network, (1, 4, 9, 9)), torch.randn(2, 4, 9, 9)
+    assert not graph.graph.find_nodes(op="call_function", target=getattr)
+    assert torch.equal(graph(x), network(x))
+    assert [cost.groups for cost in layer_costs(graph)] == [4]
 
 
 def test_calls_with_the_same_weights_are_calls_of_one_module():

@@ -270,6 +270,9 @@ THROUGH: dict[str, tuple[Layer, tuple[int, ...]]] = {
     **{f"functional.{n}": (function(getattr(functional, n), training=False), IMAGE) for n in _DROPS},
     "torch.dropout": (function(torch.dropout, 0.5, False), IMAGE),
     "stochastic depth": (torchvision.ops.StochasticDepth(0.5, "row"), IMAGE),
+    **{f"torch.{n} of two": (with_half(getattr(torch, n)), IMAGE) for n in ("max", "min")},
+    **{f".{n}() of two": (Call(lambda x, n=n: getattr(x, n)(x.sigmoid())), IMAGE) for n in ("max", "min")},
+    "expanded as": (lambda x: x.mean((2, 3), keepdim=True).expand_as(x), IMAGE),
     "- x": (lambda x: -x, IMAGE),
     "clone": (torch.clone, IMAGE),
     **{f".{n}()": (method(n), IMAGE) for n in ("contiguous", "clone", "detach", "double")},
@@ -622,6 +625,7 @@ def one_image(layer: Layer) -> nn.Module:
 
 
 BARRIERS: dict[str, tuple[Layer, str]] = {
+    "max along an axis": (lambda x: x.max(1, keepdim=True)[0], "no rule for call_method max of one tensor"),
     # nothing that is known
     "learned layer": (learned(8, 8, (1, 0, 1)), "no rule for DGConv2d (0)"),
     "leaf": (Leaf(), "no rule for Leaf (0)"),

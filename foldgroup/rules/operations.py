@@ -61,6 +61,14 @@ def elementwise(call: Call) -> Rule:
     return Through(tuple(operands), axis)
 
 
+def either(call: Call) -> Rule:
+    """The larger or smaller of two tensors, value for value. Of one along an axis it is two things."""
+    if len(call.tensors) == 2:
+        return elementwise(call)
+    name = getattr(call.node.target, "__name__", call.node.target)
+    return Barrier(f"no rule for {call.node.op} {name} of one tensor")
+
+
 def of_first(call: Call) -> Rule:
     """An operation on each value of its operand, or on each channel as a whole, that keeps its shape's axes."""
     if len(call.tensors) > 1:

@@ -18,6 +18,7 @@ from foldgroup.rules.operations import (
     concatenation,
     convolution,
     dropping,
+    either,
     elementwise,
     group_norm,
     item,
@@ -94,7 +95,8 @@ def _functions() -> dict[object, RuleOf]:
     rules |= dict.fromkeys((torch.clamp_, torch.clip_), elementwise)
     for name in ("maximum", "minimum"):
         rules |= dict.fromkeys((getattr(torch, name), name), elementwise)
-    rules |= dict.fromkeys((torch.where, torch.lerp, torch.addcmul), elementwise)
+    rules |= dict.fromkeys((torch.where, torch.lerp, torch.addcmul, "expand_as"), elementwise)
+    rules |= dict.fromkeys((torch.max, torch.min, "max", "min"), either)
     for name in _POINTWISE:
         rules |= dict.fromkeys((getattr(torch, name), getattr(torch, f"{name}_", name), name, f"{name}_"), of_first)
     rules |= dict.fromkeys((getattr(functional, name) for name in _FUNCTIONALS), of_first)
