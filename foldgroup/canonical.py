@@ -113,10 +113,11 @@ def _made(layer: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
     """
     made: dict[str, Tensor] = {}
     of: set[str] = set()
-    if parametrize.is_parametrized(layer):
-        made |= {name: getattr(layer, name) for name in getattr(layer, "parametrizations")}  # noqa: B009
-        of.add("parametrizations")
     hook: Any
+    if parametrize.is_parametrized(layer):
+        parametrized: Any = layer.parametrizations
+        made |= {name: getattr(layer, name) for name in parametrized}
+        of.add("parametrizations")
     for hook in layer._forward_pre_hooks.values():
         call = type(hook).__call__
         if call is prune.BasePruningMethod.__call__:

@@ -18,7 +18,7 @@ import click
 
 from foldgroup.bundle import check_target, default_bundle_name, read_bundle
 from foldgroup.checkpoint_file import check_file
-from foldgroup.console import display, errors_are_messages, progress, reads_bundle
+from foldgroup.console import display, errors_are_messages, progress, reads_bundle, require
 from foldgroup.errors import EquivalenceError, FoldgroupError
 from foldgroup.json_file import check_json_place, write_json
 from foldgroup.options import (
@@ -40,7 +40,6 @@ from foldgroup.targets import choose
 
 if TYPE_CHECKING:
     from foldgroup.training.deployment import Deployment
-    from foldgroup.verifier import Verification
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -178,7 +177,7 @@ def verify(
 
         verification = run(paths[-1], checkpoint, model=model, target=target, data=data, on_step=step)
     display(verification.as_dict() if as_json else verification_table(verification))
-    _require(verification, paths[-1])
+    require(verification, paths[-1])
 
 
 @main.command()
@@ -390,14 +389,7 @@ def _deploy(deployment: Deployment, checkpoint: Path, bundle: Path) -> None:
     with progress("compile") as step:
         made, verification = deployment.run(checkpoint, step)
     display(compile_summary(made))
-    _require(verification, bundle)
-
-
-def _require(verification: Verification, bundle: Path) -> None:
-    """Fail with the names of the checks that did."""
-    if not verification:
-        failed = [check.name for check in verification.checks if check.passed is False]
-        raise EquivalenceError(f"{bundle}: failed: {', '.join(failed)}")
+    require(verification, bundle)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
-from foldgroup.errors import FoldgroupError
+from foldgroup.errors import EquivalenceError, FoldgroupError
+
+if TYPE_CHECKING:
+    from foldgroup.verifier import Verification
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -76,3 +80,10 @@ def display(result: Any) -> None:
     from rich.console import Console
 
     Console(highlight=False).print(result)
+
+
+def require(verification: Verification, bundle: Path) -> None:
+    """Fail with the names of the checks that did."""
+    if not verification:
+        failed = [check.name for check in verification.checks if check.passed is False]
+        raise EquivalenceError(f"{bundle}: failed: {', '.join(failed)}")

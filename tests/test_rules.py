@@ -625,7 +625,7 @@ def one_image(layer: Layer) -> nn.Module:
 
 
 BARRIERS: dict[str, tuple[Layer, str]] = {
-    "max along an axis": (lambda x: x.max(1, keepdim=True)[0], "no rule for call_method max of one tensor"),
+    "max along an axis": (lambda x: x.max(1, keepdim=True)[0], "no rule for call_method max"),
     # nothing that is known
     "learned layer": (learned(8, 8, (1, 0, 1)), "no rule for DGConv2d (0)"),
     "leaf": (Leaf(), "no rule for Leaf (0)"),

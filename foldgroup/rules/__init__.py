@@ -150,7 +150,7 @@ def _rule(call: Call, shared: Set[str]) -> Rule:
     if not any(shape_of(o) or isinstance(call.rules[o], Splits | Barrier) for o in node.all_input_nodes):
         return Reads() if not shape_of(node) else Barrier(f"{node.name} makes a tensor from none")
     if node.target not in CALL_RULES:
-        return Barrier(f"no rule for {node.op} {getattr(node.target, '__name__', node.target)}")
+        return Barrier.unknown(node)
     return CALL_RULES[node.target](call)
 
 

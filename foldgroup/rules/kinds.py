@@ -103,6 +103,11 @@ class Barrier(Rule):
 
     reason: str
 
+    @classmethod
+    def unknown(cls, node: fx.Node) -> Barrier:
+        """Of a call that no rule describes."""
+        return cls(f"no rule for {node.op} {getattr(node.target, '__name__', node.target)}")
+
 
 @dataclass
 class Call:

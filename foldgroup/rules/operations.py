@@ -63,10 +63,7 @@ def elementwise(call: Call) -> Rule:
 
 def either(call: Call) -> Rule:
     """The larger or smaller of two tensors, value for value. Of one along an axis it is two things."""
-    if len(call.tensors) == 2:
-        return elementwise(call)
-    name = getattr(call.node.target, "__name__", call.node.target)
-    return Barrier(f"no rule for {call.node.op} {name} of one tensor")
+    return elementwise(call) if len(call.tensors) == 2 else Barrier.unknown(call.node)
 
 
 def of_first(call: Call) -> Rule:
@@ -391,9 +388,8 @@ def shape_only(call: Call) -> Rule:
 
 def attribute(call: Call) -> Rule:
     """Getattr of a tensor: its shape or type."""
-    if call.argument(1, "name") in ("shape", "ndim", "dtype", "device", "is_cuda"):
-        return Reads()
-    return Barrier(f"{call.node.name} reads an attribute that has no rule")
+    known = call.argument(1, "name") in ("shape", "ndim", "dtype", "device", "is_cuda")
+    return Reads() if known else Barrier(f"{call.node.name} reads an attribute that has no rule")
 
 
 def shuffle(call: Call) -> Rule:
