@@ -57,7 +57,7 @@ _FUNCTIONALS = {
 }
 _CREATIONS = {
     *("clone", "new_full", "new_ones", "new_tensor", "new_zeros", torch.clone, torch.full, torch.ones, torch.zeros),
-    *(torch.eye, torch.full_like, torch.ones_like, torch.zeros_like),
+    *(torch.eye, torch.full_like, torch.ones_like, torch.zeros_like, torch.index_select, "index_select"),
 }
 _NEW = _WITH_WEIGHTS | _ACTIVATIONS | _POOLINGS | _ARITHMETIC | _FUNCTIONALS | _CREATIONS
 """What returns a new tensor when it does not work in place; all else might return a view of its operands."""
@@ -143,5 +143,7 @@ def _is_new(graph: fx.GraphModule, node: fx.Node) -> bool:
     module = called_module(graph, node)
     if isinstance(module, ChannelShuffle):
         return not module.order.is_identity
+    if node.target is operator.getitem and isinstance(node.args[1], tuple):  # by tensors or lists it copies
+        return any(isinstance(i, list) or (isinstance(i, fx.Node) and "shape" in i.meta) for i in node.args[1])
     kind = node.target if module is None else type(module)
     return kind in _NEW and not overwritten(graph, node)

@@ -56,6 +56,9 @@ PURE = {
     "a view that nothing else reads": [conv(3, 8), lambda x: x.flatten(1).relu_()],
     "arithmetic of sizes": [conv(3, 8), lambda x: x * _next_size(x) + x.shape[2]],
     "dropout in place": [conv(3, 8), nn.Dropout(inplace=True), lambda x: x + x],
+    "a selection by numbers": [conv(3, 8), lambda x: x[:, [1, 0, 2]].relu_() + x[:, :3]],
+    "a selection by a tensor": [conv(3, 8), lambda x: x[:, torch.tensor([1, 0, 2])].relu_() + x[:, :3]],
+    "an index_select": [conv(3, 8), lambda x: x.index_select(1, torch.tensor([1, 0, 2])).relu_() + x[:, :3]],
     "given an output to write to": [conv(3, 8), lambda x: torch.add(x, 1, out=torch.tanh(x))],
 }
 
@@ -107,6 +110,14 @@ IMPURE = {
     "through several": (
         [conv(3, 8), lambda x: x.chunk(2, 1)[0].transpose(2, 3).neg_() + x[:, :4]],
         "neg_ overwrites transpose, which getitem_1 reads too",
+    ),
+    "through a slice": (
+        [conv(3, 8), lambda x: x[:, :4].relu_() + x[:, 4:]],
+        "relu_ overwrites getitem, which getitem_1 reads",
+    ),
+    "through an item": (
+        [conv(3, 8), lambda x: x[:, x.shape[0]].relu_() + x[:, 1]],
+        "relu_ overwrites getitem_1, which getitem_2 reads",
     ),
     "of the network's own": ([Weighs(lambda x, w: w.mul_(2) + x)], "which the next call reads too"),
     "a view of the network's own": (
