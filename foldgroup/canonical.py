@@ -236,7 +236,8 @@ def _size(node: fx.Node) -> int | None:
     tensor = axis = None
     if node.target is operator.getitem and isinstance(args[0], fx.Node):
         about, axis = args
-        if (about.target is getattr and about.args[1] == "shape") or (about.target == "size" and len(about.args) == 1):
+        sized = about.op == "call_method" and about.target == "size" and len(about.args) == 1
+        if sized or (about.target is getattr and about.args[1] == "shape"):
             (tensor,) = about.all_input_nodes
     elif node.op == "call_method" and node.target == "size" and len(args) == 2:
         tensor, axis = args
