@@ -1,6 +1,7 @@
 """Packing curves on a GPU: every 3×3 of G-ResNeXt-50 and -101, from depthwise to dense, through cuDNN and inductor.
 
     python -m bench.gpu_packing                       # everything, resumable; results/gpu_packing.json and .svg
+    python -m bench.gpu_packing --seconds 500         # as much as that, the most telling first
     python -m bench.gpu_packing --plot-only
 
 Both networks have the same distinct 3×3 layers. Each is run in float16 with bias and ReLU, for batches of 1, 8, 64 and
@@ -32,7 +33,8 @@ from foldgroup.measure import Measurement, machine
 
 RESULTS = Path(__file__).parent / "results"
 LAUNCHES, ROUNDS = 20, 15
-BATCHES = (1, 8, 64, 256)
+BATCHES = (1, 64, 8, 256)
+"""The ends of what is served first."""
 LAYOUTS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
 LAYERS = ((128, 56, 1), (256, 56, 2), (256, 28, 1), (512, 28, 2), (512, 14, 1), (1024, 14, 2), (1024, 7, 1))
 """Channels, size of the input and stride."""
@@ -157,9 +159,12 @@ def run(arguments: argparse.Namespace, path: Path) -> None:
     known = {_key(entry) for entry in document["curves"]}
     document |= {"machine": machine(), "dtype": arguments.dtype, "cudnn": torch.backends.cudnn.version()}
     document["limits"] = limits(arguments.device, dtype, arguments.square)
+    end = perf_counter() + arguments.seconds
     for setting in settings(arguments):
         if _key(setting) in known:
             continue
+        if perf_counter() > end:
+            raise SystemExit(f"{path} is not complete: run it again to go on")
         shape = shape_of_layer(*setting["layer"])
         at = (setting["batch"], setting["layout"], setting["compiler"], arguments.device, dtype, arguments.rounds)
         document["curves"].append({**setting, "candidates": curve(shape, *at)})
@@ -168,7 +173,7 @@ def run(arguments: argparse.Namespace, path: Path) -> None:
 
 
 def settings(arguments: argparse.Namespace) -> Iterable[dict[str, Any]]:
-    """What there is to measure, the cheapest first."""
+    """What there is to measure: what compiles at once first, then by batch."""
     for compiler in arguments.compiler or ("cudnn", "inductor"):
         for batch in arguments.batch or BATCHES:
             for layout in LAYOUTS:
@@ -230,6 +235,7 @@ def main() -> None:
     parser.add_argument("--compiler", choices=("cudnn", "inductor"), action="append")
     parser.add_argument("--layers", type=int, default=len(LAYERS), help="so many of them")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no curve is begun")
     parser.add_argument(
         "--square", type=int, default=8192, help="side of the product that the dense rate is taken from"
     )

@@ -2,12 +2,12 @@
 
     python -m bench.targets examples/g_resnext17_cifar10.pt --calibrate TRAIN --data TEST --name targets_example
     python -m bench.targets g_resnext50 --calibrate IMAGES --variant onnxruntime:fp32 --variant openvino:int8
-    python -m bench.targets g_resnext50 --gpu --calibrate IMAGES --name targets_gpu_g_resnext50
+    python -m bench.targets g_resnext50 --gpu --tune 60 --calibrate IMAGES --name targets_gpu_g_resnext50
 
 The network is a checkpoint, or the name of one to make with random weights and gates. With ``--data`` every variant's
 accuracy on labelled images is measured too. ``--gpu`` measures what needs one: ONNX Runtime's CUDA provider,
-AOTInductor for CUDA and TensorRT-RTX; what this GPU refuses is recorded with the reason. Writes
-``bench/results/<name>.json``.
+AOTInductor for CUDA and TensorRT-RTX; what this GPU refuses is recorded with the reason. ``--tune`` chooses every
+layer's form by measuring it first. Writes ``bench/results/<name>.json``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -26,6 +27,7 @@ from bench.synthetic import write_checkpoint
 from foldgroup.benchmarking import benchmark
 from foldgroup.bundle import Bundle
 from foldgroup.compiler import compile
+from foldgroup.emit.engine import BATCH_RANGE
 from foldgroup.errors import FoldgroupError
 from foldgroup.report.tables import benchmark_table, verification_table
 from foldgroup.verifier import verify
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--streams", type=int, default=1)
+    parser.add_argument("--tune", type=float, metavar="SECONDS", help="to measure forms in, for each variant")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", help="of the result file; default: targets_<network>")
@@ -64,7 +67,12 @@ def main() -> None:
             write_checkpoint(checkpoint, arguments.network, arguments.seed)
         asked = arguments.variant or (GPU if arguments.gpu else CPU)
         start = time.perf_counter()
-        bundle, refused = build(checkpoint, Path(folder, "bundle"), asked, arguments.calibrate)
+        options: dict[str, Any] = {"calibrate": arguments.calibrate}
+        if arguments.tune is not None:
+            batch = (1, arguments.batch, max(arguments.batch, BATCH_RANGE[-1]))
+            options |= {"tune": True, "tune_budget": arguments.tune, "threads": arguments.threads, "batch": batch}
+            options |= {"tuning_db": Path(folder, "tuning.sqlite")}  # so that it is measured here and now
+        bundle, refused = build(checkpoint, Path(folder, "bundle"), asked, options)
         seconds = time.perf_counter() - start
         run = [name for name in asked if name not in refused]
         verification = verify(bundle.path, target=run, data=arguments.data)
@@ -95,15 +103,15 @@ def main() -> None:
 
 
 def build(
-    checkpoint: Path, bundle: Path, asked: Sequence[str], calibrate: Path | None
+    checkpoint: Path, bundle: Path, asked: Sequence[str], options: Mapping[str, Any]
 ) -> tuple[Bundle, dict[str, str]]:
-    """A bundle with every variant asked for, and why those that were refused are not in it."""
+    """A bundle with every variant asked for, compiled with ``options``, and why those refused are not in it."""
     refused: dict[str, str] = {}
     while True:
         left = [name for name in asked if name not in refused]
         try:
-            images = calibrate if any(name.endswith(":int8") for name in left) else None
-            built = compile(checkpoint, bundle, target=left, calibrate=images)
+            images = options["calibrate"] if any(name.endswith(":int8") for name in left) else None
+            built = compile(checkpoint, bundle, target=left, **{**options, "calibrate": images})
         except FoldgroupError as error:  # an engine's error begins with its variant
             guilty = next((name for name in left if str(error).startswith(name.replace(":", " "))), None)
             if guilty is None:

@@ -42,6 +42,25 @@ def test_a_second_run_measures_nothing_that_is_known(small, monkeypatch):
     gpu_packing.main()
 
 
+def test_it_stops_when_its_time_is_over_and_goes_on_from_there(small, monkeypatch):
+    clock = [0.0]
+
+    def curve(*_):
+        clock[0] += 1
+        return [{"runs": 1, "ns": 1.0, "low": 1.0, "high": 1.0}]
+
+    monkeypatch.setattr(gpu_packing, "curve", curve)
+    monkeypatch.setattr(gpu_packing, "limits", lambda *_: {"bytes_per_ns": 1.0, "macs_per_ns": 1.0})
+    monkeypatch.setattr(gpu_packing, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--seconds", "2.5"])
+    for done in (3, 6):
+        with pytest.raises(SystemExit, match="run it again"):
+            gpu_packing.main()
+        assert len(json.loads(small.read_text())["curves"]) == done
+    gpu_packing.main()
+    assert len(json.loads(small.read_text())["curves"]) == 8
+
+
 def test_what_the_library_refuses_is_left_out_with_its_reason(small, monkeypatch):
     def sampler(call, device, launches):
         sampler.calls += 1
