@@ -11,7 +11,7 @@ the setting's target, precision, threads and batch). *Baselines*: ResNeXt 32×4d
 *Otherwise*: the training form in OpenVINO and, masks multiplied in beforehand (which favours it), under torch.compile.
 
 All subjects of one setting are timed interleaved in one run; ratios have paired bootstrap intervals
-(:mod:`foldgroup.measure`). Beside every time stands its limit: what the machine must take for the file's multiply-adds
+(:mod:`foldgroup.measure`). Subjects of one file, as packed and tuned often are, are timed as one. Beside every time stands its limit: what the machine must take for the file's multiply-adds
 and bytes (:mod:`foldgroup.profiling`). Files are kept in ``--work`` and measurements in the result, so an interrupted
 run goes on.
 """
@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -222,14 +223,21 @@ def measure(setting: Setting, files: Files) -> tuple[dict[str, Any], dict[str, P
     """One setting: every subject's times and facts, and the ratios; and the profiles of subjects, where asked for."""
     entries: dict[str, dict[str, Any]] = {}
     profiles: dict[str, Profile] = {}
+    timed_as = {str(subject): str(subject) for subject in setting.subjects}
     with ExitStack() as stack:
         calls: dict[str, Callable[[], object]] = {}
+        first: dict[tuple[str, bytes], str] = {}
         for subject in setting.subjects:
             if subject.form.startswith("torch.compile"):
                 calls[str(subject)] = _torch_compiled(files, subject, setting)
                 entries[str(subject)] = {}
                 continue
             content, facts = files.get(subject, setting)
+            entries[str(subject)] = facts
+            timed_as[str(subject)] = first.setdefault((subject.variant, sha256(content).digest()), str(subject))
+            print(f"{setting.name}: {subject} ready", file=sys.stderr, flush=True)
+            if timed_as[str(subject)] != str(subject):
+                continue
             target, _, precision = subject.variant.partition(":")
             variant = Variant(find_target(target), precision)
             shape = _input_shape(content)
@@ -238,17 +246,16 @@ def measure(setting: Setting, files: Files) -> tuple[dict[str, Any], dict[str, P
                 profiles[str(subject)] = profile(variant, content, images, setting.threads, seconds=PROFILE_SECONDS)
             runner = make_runner(variant, content, threads=setting.threads)
             calls[str(subject)] = partial(stack.enter_context(runner).outputs, images)
-            entries[str(subject)] = facts
-            print(f"{setting.name}: {subject} ready", file=sys.stderr, flush=True)
         measured = interleave(calls, warmup=2, min_rounds=7, max_seconds=setting.seconds)
+    profiles |= {name: profiles[timed] for name, timed in timed_as.items() if timed in profiles}
     for name, entry in entries.items():
-        stats = measured.stats(name)
-        entry |= {**asdict(stats), "images_per_second": measured.throughput(name, setting.batch)}
+        stats = measured.stats(timed_as[name])
+        entry |= {**asdict(stats), "images_per_second": measured.throughput(timed_as[name], setting.batch)}
         if name in profiles:
             entry |= {"limit_ms": profiles[name].limit_ms, "fraction": profiles[name].limit_ms / stats.median_ms}
     ratios = [
-        {"of": str(mine), "over": str(other), **asdict(measured.ratio(str(other), str(mine)))}
-        for other, mine in setting.pairs
+        {"of": mine, "over": other, **asdict(measured.ratio(timed_as[other], timed_as[mine]))}
+        for other, mine in (map(str, pair) for pair in setting.pairs)
     ]
     limits = {f"{p.target} {p.precision}": asdict(p.limits) for p in profiles.values()}
     result = {"threads": setting.threads, "batch": setting.batch, "subjects": entries, "speed_ups": ratios}

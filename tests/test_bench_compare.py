@@ -60,6 +60,24 @@ def test_what_must_be_shown_is_measured() -> None:
             assert {"resnext50_32x4d plain", "resnext50_32x4d tuned"} <= mine
 
 
+def test_subjects_of_one_file_are_timed_as_one(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = {"packed": (tiny_bundle / "model.onnx").read_bytes()}
+    contents["folded"] = contents["packed"] + b"\xb2\x06\x00"  # another file: a field that ONNX does not know
+    made = []
+    make = compare.make_runner
+    monkeypatch.setattr(compare, "make_runner", lambda *given, **options: made.append(given) or make(*given, **options))
+    files = compare.Files(tiny_bundle, None)
+    monkeypatch.setattr(files, "get", lambda s, _: (contents[s.form if s.form in contents else "packed"], {"macs": 1}))
+    forms = ("folded", "packed", "tuned")
+    subjects = tuple(compare.Subject("g_resnext50@32#0", form) for form in forms)
+    result, _ = compare.measure(compare.Setting("a setting", subjects, seconds=0.1), files)
+    assert len(made) == 2
+    ratios = {entry["over"].partition(" ")[2]: (entry["low"], entry["high"]) for entry in result["speed_ups"]}
+    assert ratios["packed"] == (1, 1) != ratios["folded"]
+    times = {name.partition(" ")[2]: entry["median_ms"] for name, entry in result["subjects"].items()}
+    assert times["packed"] == times["tuned"] != times["folded"]
+
+
 def test_peak_memory_is_that_of_a_process_of_its_own(tiny_bundle: Path) -> None:
     held = bytearray(300 << 20)
     peak = compare.peak_memory(tiny_bundle / "model.onnx")
