@@ -11,9 +11,9 @@ the setting's target, precision, threads and batch). *Baselines*: ResNeXt 32×4d
 *Otherwise*: the training form in OpenVINO and, masks multiplied in beforehand (which favours it), under torch.compile.
 
 All subjects of one setting are timed interleaved in one run; ratios have paired bootstrap intervals
-(:mod:`foldgroup.measure`). Subjects of one file, as packed and tuned often are, are timed as one. Beside every time stands its limit: what the machine must take for the file's multiply-adds
-and bytes (:mod:`foldgroup.profiling`). Files are kept in ``--work`` and measurements in the result, so an interrupted
-run goes on.
+(:mod:`foldgroup.measure`). Subjects of one file, as packed and tuned often are, are timed as one. Beside every time
+stands its limit: what the machine must take for the file's multiply-adds and bytes (:mod:`foldgroup.profiling`). Files
+are kept in ``--work`` and measurements in the result, so an interrupted run goes on.
 """
 
 from __future__ import annotations

@@ -14,9 +14,11 @@ that both are up to date. A model is judged on shapes that it was not fitted to:
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -39,19 +41,36 @@ FAR = 20.0
 AS_GOOD = 1.02
 NOTHING = 1e-9
 """Shares of a time that are rounding errors of the fit."""
+ROUNDS = 3
+"""Of fitting coefficients and the families' factors in turn."""
+DEPTHS = {"openvino bf16": 32, "openvino int8": 64}
+"""Inputs that a row of AMX's tiles holds, where the runtime's convolutions with groups are products of tiles."""
 
 Curves = Mapping[ConvShape, Mapping[Execution, float]]
 
 
-def fit(curves: Curves, lanes: int) -> dict[str, list[float]]:
-    """Coefficients by class: least squares of predicted over measured time less one, none negative."""
-    rows: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in CLASSES}
+def fit(curves: Curves, lanes: int, depth: int = 1) -> dict[str, list[float]]:
+    """Coefficients by class: least squares of predicted over measured time less one, none negative.
+
+    The measured times of a family all have a factor, the median of predicted over measured; that of all families is 1.
+    """
+    kept: dict[ConvShape, dict[ConvShape, float]] = {}
     for dense, times in curves.items():
-        for e, ns in times.items():
-            if e.parts == 1 and ns < FAR * min(times.values()):
-                shape = dense.run_as(e.groups)
-                rows[class_of(shape, lanes)].append(np.array(features(shape, lanes)) / ns)
-    return {name: [float(f"{c:.4g}") for c in _non_negative(np.array(found))] for name, found in rows.items()}
+        far = FAR * min(times.values())
+        kept[dense] = {dense.run_as(e.groups): ns for e, ns in times.items() if e.parts == 1 and ns < far}
+    factors = dict.fromkeys(curves, 1.0)
+    for _ in range(ROUNDS):
+        rows: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in CLASSES}
+        for dense, times in kept.items():
+            for shape, ns in times.items():
+                rows[class_of(shape, lanes)].append(np.array(features(shape, lanes, depth)) / (factors[dense] * ns))
+        coefficients = {
+            name: [float(f"{c:.4g}") for c in _non_negative(np.array(found))] for name, found in rows.items()
+        }
+        model = CostModel(coefficients, 0.0, 1.0, lanes, depth)
+        ratios = {dense: median(model.ns(s) / ns for s, ns in times.items()) for dense, times in kept.items()}
+        factors = {dense: ratio / median(ratios.values()) for dense, ratio in ratios.items()}
+    return coefficients
 
 
 def _non_negative(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -59,15 +78,17 @@ def _non_negative(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     if not len(rows):
         return np.ones(len(features(ConvShape(1, 1, 1, (1,), (1,), (0,), (1,), (1,)), 1)))
     scale = np.maximum(np.abs(rows).max(axis=0), 1e-300)
-    gram, target = (rows / scale).T @ (rows / scale), (rows / scale).sum(axis=0)
-    x = np.zeros(len(scale))
+    gram, target = ((rows / scale).T @ (rows / scale)).tolist(), (rows / scale).sum(axis=0).tolist()
+    x = [0.0] * len(scale)
     for _ in range(5000):
-        before = x.copy()
-        for j in range(len(x)):
-            x[j] = max(0.0, x[j] + (target[j] - gram[j] @ x) / max(gram[j, j], 1e-300))
-        if np.abs(x - before).max() < 1e-10:
+        before = list(x)
+        for j, products in enumerate(gram):
+            short = target[j] - sum(map(operator.mul, products, x))
+            x[j] = max(0.0, x[j] + short / max(products[j], 1e-300))
+        if max(abs(a - b) for a, b in zip(x, before, strict=True)) < 1e-10:
             break
-    return np.where(x < NOTHING, 0.0, x) / scale
+    found = np.array(x)
+    return np.where(found < NOTHING, 0.0, found) / scale
 
 
 def decisions(curves: Curves, table: CostTable) -> Iterator[tuple[float, float, float]]:
@@ -81,9 +102,8 @@ def decisions(curves: Curves, table: CostTable) -> Iterator[tuple[float, float, 
                 yield min(times[e] for e in open_to), times[pick], times[Execution(groups)]
 
 
-def judge(curves: Curves, lanes: int, margin: float, models: Sequence[CostModel] = ()) -> dict[str, float]:
-    """The quality of ``models``, one a fold; by default each is fitted to the families outside of its fold."""
-    models = models or held_out(curves, lanes)
+def judge(curves: Curves, margin: float, models: Sequence[CostModel]) -> dict[str, float]:
+    """The quality of ``models``, one a fold."""
     found = []
     for fold, model in enumerate(models):
         held = {shape: curves[shape] for shape in list(curves)[fold :: len(models)]}
@@ -98,12 +118,12 @@ def judge(curves: Curves, lanes: int, margin: float, models: Sequence[CostModel]
     }
 
 
-def held_out(curves: Curves, lanes: int) -> list[CostModel]:
+def held_out(curves: Curves, lanes: int, depth: int = 1) -> list[CostModel]:
     """For every fold a model that is fitted to the families of the others."""
     families = list(curves)
     folds = (set(families[fold::FOLDS]) for fold in range(FOLDS))
-    fits = (fit({s: times for s, times in curves.items() if s not in held}, lanes) for held in folds)
-    return [CostModel(coefficients, 0.0, 1.0, lanes) for coefficients in fits]
+    fits = (fit({s: times for s, times in curves.items() if s not in held}, lanes, depth) for held in folds)
+    return [CostModel(coefficients, 0.0, 1.0, lanes, depth) for coefficients in fits]
 
 
 @dataclass(frozen=True)
@@ -113,6 +133,8 @@ class Measured:
     setting: Setting
     curves: Curves
     ns_per_byte: float
+    rounds: int
+    """In which an execution was timed, in the median."""
 
     @classmethod
     def read(cls, path: Path) -> Measured:
@@ -126,12 +148,18 @@ class Measured:
             for (_, shape), ts in found.items()
             if isinstance(shape, ShuffleShape)
         )
-        return cls(next(iter(found))[0], curves, shuffled)
+        rounds = median(t.rounds for ts in found.values() for t in ts.values())
+        return cls(next(iter(found))[0], curves, shuffled, round(rounds))
 
     @property
     def lanes(self) -> int:
         """Float32 values of the processor's vectors."""
         return models.lanes_of(self.setting.processor)
+
+    @property
+    def depth(self) -> int:
+        """Inputs that the runtime takes at once."""
+        return DEPTHS.get(self.name, 1) if models.MATRIX_UNITS in self.setting.processor else 1
 
     @property
     def name(self) -> str:
@@ -145,13 +173,14 @@ def build() -> tuple[dict[str, list[dict[str, Any]]], str]:
     lines, foreign = [], []
     measured = [Measured.read(path) for path in sorted(RESULTS.glob("packing_*_*.json"))]
     for mine in measured:
-        folds = held_out(mine.curves, mine.lanes)
-        judged = {margin: judge(mine.curves, mine.lanes, margin, folds) for margin in MARGINS}
+        folds = held_out(mine.curves, mine.lanes, mine.depth)
+        judged = {margin: judge(mine.curves, margin, folds) for margin in MARGINS}
         margin = min(MARGINS, key=lambda margin: judged[margin]["regret"])
-        coefficients = fit(mine.curves, mine.lanes)
+        coefficients = fit(mine.curves, mine.lanes, mine.depth)
         documents.setdefault(mine.name, []).append(
             {
                 "coefficients": coefficients,
+                "depth": mine.depth,
                 "margin": margin,
                 "ns_per_byte": float(f"{mine.ns_per_byte:.4g}"),
                 "fitted_to": {
@@ -163,12 +192,13 @@ def build() -> tuple[dict[str, list[dict[str, Any]]], str]:
             }
         )
         splits = sum(min(times, key=lambda e: times[e]).parts > 1 for times in mine.curves.values())
-        row = (mine.name, _processor(mine), mine.setting.version, len(mine.curves), *_shown(judged[margin]))
+        of = (mine.name, _processor(mine), mine.setting.version, len(mine.curves), mine.rounds)
+        row = (*of, *_shown(judged[margin]))
         lines.append(f"| {' | '.join(map(str, row))} | {margin - 1:.0%} | {splits} |")
         for other in measured:
             if other.name == mine.name and other is not mine:
-                model = CostModel(coefficients, 0.0, margin, other.lanes)
-                quality = judge(other.curves, other.lanes, margin, [model])
+                model = CostModel(coefficients, 0.0, margin, other.lanes, mine.depth)
+                quality = judge(other.curves, margin, [model])
                 row = (mine.name, _processor(mine), _processor(other), *_shown(quality))
                 foreign.append(f"| {' | '.join(map(str, row))} |")
     return documents, "\n".join([*_head(), *lines, *(_foreign_head() if foreign else ()), *foreign]) + "\n"
@@ -194,10 +224,11 @@ def _head() -> list[str]:
         "By `python -m bench.fit_costs`, from the curves of `python -m bench.packing` (one thread, batch 1). On",
         "families of shapes that a model was not fitted to: how often it picks the execution measured fastest, or one",
         "within 2 % of it; how much longer its picks take than the fastest, on average; the same for never packing.",
+        "Where executions were timed in few rounds, part of the regret is noise of the measurement.",
         "",
-        "| target | processor | version | families | decisions | picks the winner | regret | regret of never packing "
-        "| margin | families where a split was fastest |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| target | processor | version | families | rounds | decisions | picks the winner | regret "
+        "| regret of never packing | margin | families where a split was fastest |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
 
 

@@ -12,9 +12,11 @@ ragged              all others, and ragged forms of narrow and depthwise, where 
 
 In each class the time is a sum of :func:`features` with coefficients that are not negative, fitted to the least squared
 relative error by ``python -m bench.fit_costs``, which also writes how often the model picks the measured winner
-(``bench/results/packing.md``). L follows the processor: 16 float32 values with AVX-512, 8 with AVX2 and NEON's pairs.
-Where several processors were measured, it is the model of the first that is most like this one: first in L, then in
-whether it has units for products of matrices (AMX). Targets without measurements keep the groups that were learned.
+(``bench/results/packing.md``). What it is for is to compare the forms of one layer, and machines are faster in one
+minute than in the next; so every layer that was measured has a factor of its own, fitted as well and then dropped. L
+follows the processor: 16 float32 values with AVX-512, 8 with AVX2 and NEON's pairs. Where several processors were
+measured, it is the model of the first that is most like this one: first in L, then in whether it has units for products
+of matrices (AMX). Targets without measurements keep the groups that were learned.
 """
 
 from __future__ import annotations
@@ -54,15 +56,16 @@ def class_of(shape: ConvShape, lanes: int) -> str:
     return "ragged"
 
 
-def features(shape: ConvShape, lanes: int) -> tuple[float, ...]:
+def features(shape: ConvShape, lanes: int, depth: int = 1) -> tuple[float, ...]:
     """What the time of ``shape`` may be a sum of, for one image.
 
-    One; multiply-adds with the outputs of a group filled up to whole vectors; multiply-adds; values read; values
-    written; weights; groups; rows of the result in all groups; entries of the unfolded input (im2col).
+    One; multiply-adds with the outputs of a group filled up to whole vectors, and its inputs to ``depth``, which is
+    how many a matrix unit takes at once; multiply-adds; values read; values written; weights; groups; rows of the
+    result in all groups; entries of the unfolded input (im2col).
     """
     w, v = shape.in_channels // shape.groups, shape.out_channels // shape.groups
     taps, positions = prod(shape.kernel), prod(shape.out_size)
-    filled = shape.groups * w * (-(-v // lanes) * lanes) * taps * positions
+    filled = shape.groups * (-(-w // depth) * depth) * (-(-v // lanes) * lanes) * taps * positions
     read, written = shape.in_channels * prod(shape.size), shape.out_channels * positions
     rows = shape.groups * positions / shape.out_size[-1]
     return (
@@ -88,11 +91,13 @@ class CostModel:
     ns_per_byte: float
     margin: float
     lanes: int
+    depth: int = 1
 
     def ns(self, shape: ConvShape) -> float:
         """The expected time of ``shape`` run as the groups that it has."""
-        found = zip(self.coefficients[class_of(shape, self.lanes)], features(shape, self.lanes), strict=True)
-        return sum(coefficient * feature for coefficient, feature in found)
+        found = features(shape, self.lanes, self.depth)
+        coefficients = self.coefficients[class_of(shape, self.lanes)]
+        return sum(coefficient * feature for coefficient, feature in zip(coefficients, found, strict=True))
 
     def predict(self, shape: ConvShape) -> dict[Execution, float]:
         """The expected times of its packings; splits are not modelled, as none was ever faster."""
@@ -116,7 +121,7 @@ def model_for(variant: Variant, lanes: int | None = None) -> CostModel | None:
         return lanes_of(flags) != wanted[0], (MATRIX_UNITS in flags) != wanted[1]
 
     found = min(models, key=unlike)
-    return CostModel(found["coefficients"], found["ns_per_byte"], found["margin"], wanted[0])
+    return CostModel(found["coefficients"], found["ns_per_byte"], found["margin"], wanted[0], found["depth"])
 
 
 def predictor(variant: Variant) -> Predict:

@@ -82,12 +82,17 @@ class TestClasses:
             16 * 9 * 16,
         )
 
-    @given(convs(), LANES)
+    @given(convs(), LANES, st.sampled_from([1, 32, 64]))
     @quick()
-    def test_a_vector_filled_up_is_never_less_work(self, shape: ConvShape, lanes: int) -> None:
-        _, filled, macs, *rest = features(shape, lanes)
-        assert macs <= filled <= macs * lanes
+    def test_a_vector_filled_up_is_never_less_work(self, shape: ConvShape, lanes: int, depth: int) -> None:
+        _, filled, macs, *rest = features(shape, lanes, depth)
+        assert macs <= filled <= macs * lanes * depth
         assert all(feature > 0 for feature in rest)
+
+    @pytest.mark.parametrize("depth", [32, 64])
+    def test_groups_that_fill_a_matrix_units_row_together_are_less_work(self, depth: int) -> None:
+        narrow, full, wide = (features(square(256, 256 // w), 16, depth)[1] for w in (depth // 2, depth, 2 * depth))
+        assert narrow == full < wide == 2 * full
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -246,10 +251,10 @@ def built() -> tuple[dict[str, Any], str]:
     fit = fit_costs.fit
     known: dict[object, dict[str, list[float]]] = {}
 
-    def remembered(curves: fit_costs.Curves, lanes: int) -> dict[str, list[float]]:
-        key = lanes, tuple((shape, tuple(times.items())) for shape, times in curves.items())
+    def remembered(curves: fit_costs.Curves, lanes: int, depth: int) -> dict[str, list[float]]:
+        key = lanes, depth, tuple((shape, tuple(times.items())) for shape, times in curves.items())
         if key not in known:
-            known[key] = fit(curves, lanes)
+            known[key] = fit(curves, lanes, depth)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
