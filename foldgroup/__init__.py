@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from foldgroup.inspection import inspect
     from foldgroup.verifier import verify
 
+__version__ = "0.1.0"
+
 __all__ = ["benchmark", "compile", "folded_for_training", "inspect", "load", "verify"]
 
 _WHERE = {

@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from foldgroup import __version__
 from foldgroup.bundle import Bundle, read_bundle
 from foldgroup.candidates import FOLDED, TRAINING, Candidate, baseline, check_baselines, folded_form, training_form
 from foldgroup.equivalence import seeded_inputs
@@ -263,7 +263,7 @@ def benchmark(
         batch=batch,
         streams=streams,
         rounds=measured.stats(FOLDED).rounds,
-        version=version("foldgroup"),
+        version=__version__,
         notes=notes,
     )
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from foldgroup import __version__
 from foldgroup.bundle import check_target, default_bundle_name, read_bundle
 from foldgroup.checkpoint_file import check_file
 from foldgroup.console import display, errors_are_messages, progress, reads_bundle, require
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="foldgroup")
+@click.version_option(__version__, prog_name="foldgroup")
 def main() -> None:
     """Turn networks that learned their channel groups into the grouped convolutions they really are.
 

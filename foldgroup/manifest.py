@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from foldgroup import __version__
 from foldgroup.bundle import SCHEMA
 from foldgroup.checkpoint import Checkpoint
 from foldgroup.counts import layer_costs, learned_costs, macs, params
@@ -49,7 +50,7 @@ def manifest_of(
         **({"output": outputs[0]} if len(outputs) == 1 else {}),
         "outputs": outputs,
         "precision": precision,
-        "versions": {name: version(name) for name in ("foldgroup", "onnx", "onnxscript", "torch")},
+        "versions": {"foldgroup": __version__, **{name: version(name) for name in ("onnx", "onnxscript", "torch")}},
         "layers": layers,
         **({"found": found} if found else {}),
         "shuffles": {
