@@ -28,7 +28,7 @@ from foldgroup.benchmarking import benchmark
 from foldgroup.bundle import Bundle
 from foldgroup.compiler import compile
 from foldgroup.emit.engine import BATCH_RANGE
-from foldgroup.errors import FoldgroupError
+from foldgroup.errors import FoldgroupError, TuningError
 from foldgroup.report.tables import benchmark_table, verification_table
 from foldgroup.verifier import verify
 
@@ -75,6 +75,8 @@ def main() -> None:
         bundle, refused = build(checkpoint, Path(folder, "bundle"), asked, options)
         seconds = time.perf_counter() - start
         run = [name for name in asked if name not in refused]
+        if not run:
+            raise SystemExit("nothing runs here: " + "; ".join(dict.fromkeys(refused.values())))
         verification = verify(bundle.path, target=run, data=arguments.data)
         console.print(verification_table(verification))
         report = benchmark(
@@ -109,18 +111,31 @@ def build(
     refused: dict[str, str] = {}
     while True:
         left = [name for name in asked if name not in refused]
+        if not left:
+            raise SystemExit("nothing can be built here: " + "; ".join(dict.fromkeys(refused.values())))
         try:
             images = options["calibrate"] if any(name.endswith(":int8") for name in left) else None
             built = compile(checkpoint, bundle, target=left, **{**options, "calibrate": images})
-        except FoldgroupError as error:  # an engine's error begins with its variant
-            guilty = next((name for name in left if str(error).startswith(name.replace(":", " "))), None)
-            if guilty is None:
+        except TuningError as error:
+            options = {**options, "tune": False}
+            print(f"not tuned: {error}", file=sys.stderr)
+            continue
+        except FoldgroupError as error:
+            guilty = refused_by(str(error), left)
+            if not guilty:
                 raise
-            refused[guilty] = str(error)
+            refused |= dict.fromkeys(guilty, str(error))
             print(f"refused: {error}", file=sys.stderr)
             continue
         not_run = {name.replace(" ", ":"): reason for name, reason in built.verification["not_run"].items()}
         return built, refused | not_run
+
+
+def refused_by(message: str, asked: Sequence[str]) -> list[str]:
+    """Those that an error is about: it begins with the variant, or with the target if that cannot be had at all."""
+    return [name for name in asked if message.startswith(name.replace(":", " "))] or [
+        name for name in asked if message.startswith(f"{name.partition(':')[0]} ")
+    ]
 
 
 if __name__ == "__main__":

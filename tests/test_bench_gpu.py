@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bench import gpu_packing
+from bench import gpu_packing, targets
 from foldgroup.measure import Measurement
 
 
@@ -103,3 +103,16 @@ def test_samples_are_taken_in_turn():
     measured = gpu_packing.measure(samplers, rounds=4)
     assert isinstance(measured, Measurement)
     assert [sorted(calls[i : i + 3]) for i in range(0, 15, 3)] == [["a", "b", "c"]] * 5
+
+
+@pytest.mark.parametrize(
+    ("message", "guilty"),
+    [
+        ("aotinductor-cuda fp16: no GPU", ["aotinductor-cuda:fp16"]),
+        ("tensorrt-rtx needs tensorrt_rtx", ["tensorrt-rtx:fp32", "tensorrt-rtx:int8"]),
+        ("model.pt: no such file", []),
+    ],
+)
+def test_a_target_that_is_refused_is_left_out_with_its_reason(message, guilty):
+    asked = ["aotinductor-cuda:fp32", "aotinductor-cuda:fp16", "tensorrt-rtx:fp32", "tensorrt-rtx:int8"]
+    assert targets.refused_by(message, asked) == guilty

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,7 +118,7 @@ class OnnxRuntimeRunner(Runner):
                     f"ONNX Runtime's CPU kernels know no bfloat16, which {self._what()} holds: run it with OpenVINO, "
                     "AOTInductor, TensorRT or ONNX Runtime on CUDA, or give a file in fp32 or int8"
                 ) from error
-            lacking = _missing_library(ort, asked)
+            lacking = _missing_library(ort, asked) or _missing_device(error)
             if lacking:
                 raise UnavailableError(f"ONNX Runtime cannot load {asked}: {lacking}{_need(asked)}") from error
             raise RunnerError(f"ONNX Runtime refused {self._what()} on {asked}: {error}{_need(asked)}") from error
@@ -185,6 +186,12 @@ class OnnxRuntimeRunner(Runner):
 def _need(provider: str) -> str:
     """What a provider needs, as the end of a sentence."""
     return f". {provider} needs {_NEEDS[provider]}" if provider in _NEEDS else ""
+
+
+def _missing_device(error: Exception) -> str | None:
+    """What CUDA says of the driver or the GPU, if that is what failed, without the C++ that ONNX Runtime quotes."""
+    failure = re.search(r"CUDA failure \d+: ([^;]+);.*expr=cuda(Set|Get)Device", str(error), re.DOTALL)
+    return failure[1].strip() if failure else None
 
 
 def _missing_library(ort: Any, provider: str) -> str | None:

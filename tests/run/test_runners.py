@@ -15,7 +15,7 @@ from torch import nn
 
 from foldgroup.emit.onnx import export_onnx
 from foldgroup.emit.precision import typed
-from foldgroup.errors import RunnerError
+from foldgroup.errors import RunnerError, UnavailableError
 from foldgroup.nn import DGConv2d
 from foldgroup.run import AotInductorRunner, OnnxRuntimeRunner, OpenVinoRunner, Runner, TorchRunner
 from foldgroup.run.base import all_outputs, run_all
@@ -218,6 +218,30 @@ class TestOnnxRuntimeRunner:
         with pytest.raises(RunnerError, match=r"TensorrtExecutionProvider: libnvinfer\S+ is missing.* TensorRT 10"):
             OnnxRuntimeRunner(onnx_bytes(), providers=(TENSORRT,)).__enter__()
         assert capfd.readouterr() == ("", "")  # the error says it
+
+    @pytest.mark.parametrize(
+        ("failure", "kind"),
+        [
+            ("CUDA failure 35: no driver ; GPU=-1 ; expr=cudaSetDevice(info_.device_id); \n", UnavailableError),
+            ("CUDA failure 2: out of memory ; GPU=0 ; expr=cudaMalloc((void**)&p, size); \n", RunnerError),
+        ],
+    )
+    def test_libraries_of_cuda_without_a_gpu_are_told_from_what_a_gpu_refuses(
+        self, monkeypatch: pytest.MonkeyPatch, failure: str, kind: type[RunnerError]
+    ) -> None:
+        ort = pytest.importorskip("onnxruntime")
+
+        def session(*_: Any, **__: Any) -> None:
+            raise RuntimeError(f"cuda_call.cc:121 std::conditional_t<THRW, void, Status> CudaCall(ERRTYPE) {failure}")
+
+        monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
+        monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+        monkeypatch.setattr(ort, "InferenceSession", session)
+        monkeypatch.setattr("foldgroup.run.ort._missing_library", lambda *_: None)
+        with pytest.raises(RunnerError) as caught:
+            OnnxRuntimeRunner(onnx_bytes(), providers=(CUDA, CPU)).__enter__()
+        assert type(caught.value) is kind
+        assert ("cuda_call.cc" in str(caught.value)) is (kind is RunnerError)
 
     def test_a_gpu_provider_gets_the_defaults_with_the_callers_options_over_them(
         self, monkeypatch: pytest.MonkeyPatch
