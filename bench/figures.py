@@ -28,6 +28,7 @@ def figures() -> str:
     """The Markdown between the markers."""
     compare, compiles = _read(RESULTS / "compare.json"), _read(RESULTS / "compile_time.json")
     lines = [_where(compare["machine"]), "", *_comparison(compare["settings"]), ""]
+    lines += [*_throughput(compare["settings"]), *_precisions(compare["settings"]), ""]
     for path in sorted(RESULTS.glob("compare_*.json")):
         elsewhere = _read(path)
         lines += [f"On {_cpu(elsewhere['machine'])} ([more]({path.relative_to(ROOT).with_suffix('.md')})):", ""]

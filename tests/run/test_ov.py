@@ -85,6 +85,16 @@ class TestPrecision:
             error = np.abs(runner.run(images()) - expected(images())).max()
         assert 1e-4 < error < 0.1
 
+    @pytest.mark.skipif("FP16" not in OFFERED, reason="this processor has no float16")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32 file", "float16 file"])
+    def test_float16(self, dtype: torch.dtype) -> None:
+        with OpenVinoRunner(model(dtype), threads=1, precision="fp16") as runner:
+            assert runner.describe()["precision"] == "fp16"
+            logits = runner.run(images())
+        assert logits.dtype == np.float32
+        error = np.abs(logits - expected(images())).max()
+        assert 1e-6 < error < 0.002
+
     @pytest.mark.skipif("FP16" in OFFERED, reason="this processor computes in float16")
     def test_what_the_processor_cannot_is_refused_with_what_it_can(self) -> None:
         # OpenVINO itself would compute in bfloat16 or float32 and not say so.
