@@ -12,6 +12,11 @@ r again, do so 2000 times and take the middle 95 % (on a log scale, so that swap
 says how far r would move if the run were repeated under the same conditions; drift that the subjects share cancels.
 It assumes that one round's difference tells nothing about the next one's, and it says nothing about another machine,
 nor about a subject that gets in another's way. An interval that contains 1 shows no difference.
+
+Where its memory lies makes a network faster or slower by a percent or two for as long as it is loaded: two sessions of
+one file differ by more than the intervals of many rounds. So a subject can be several *sessions*, of which every round
+runs the next, the first of one beside the first of the other. Then the bootstrap draws sessions with replacement, and
+rounds within each that was drawn; the interval says how far r would move if the networks were loaded again, too.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ import math
 import os
 import platform
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter_ns
@@ -69,13 +74,16 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Times of subjects that ran interleaved, in ms by name; entry i of each is from round i.
+    """Times of subjects that ran interleaved, in ms by name; entry i of each is from round i and session i mod S.
 
     Raises:
-        ValueError: if there are no times, a time is not positive and finite, or the subjects differ in rounds.
+        ValueError: if there are no times, a time is not positive and finite, or the subjects differ in rounds, or the
+            sessions do.
     """
 
     samples: Mapping[str, tuple[float, ...]]
+    sessions: int = 1
+    """S, the number of sessions of a subject."""
 
     def __post_init__(self) -> None:
         """Refuse samples that are not paired."""
@@ -83,6 +91,8 @@ class Measurement:
             raise ValueError("every subject needs a time for every round")
         if not all(times and all(0 < t < math.inf for t in times) for times in self.samples.values()):
             raise ValueError("a time is a positive, finite number of milliseconds")
+        if any(len(times) % self.sessions for times in self.samples.values()):
+            raise ValueError(f"{self.sessions} sessions need as many rounds each")
 
     def stats(self, name: str) -> LatencyStats:
         """Statistics of one subject's times in ms."""
@@ -106,16 +116,24 @@ class Measurement:
         if not 0 < confidence < 1:
             raise ValueError(f"confidence {confidence} does not lie between 0 and 1")
         a, b = np.asarray(self.samples[numerator]), np.asarray(self.samples[denominator])
-        drawn = np.random.default_rng(seed).integers(len(a), size=(RESAMPLES, len(a)))
+        drawn = self._drawn(len(a), seed)
         logs: npt.NDArray[np.float64] = np.log(np.median(a[drawn], axis=1)) - np.log(np.median(b[drawn], axis=1))
         tail = (1 - confidence) / 2
         low, high = (float(q) for q in np.exp(np.quantile(logs, (tail, 1 - tail))))
         value = float(np.median(a) / np.median(b))
         return Ratio(value, min(low, value), max(high, value), confidence)
 
+    def _drawn(self, rounds: int, seed: int) -> npt.NDArray[np.int64]:
+        """For every resample the rounds that it holds: of sessions drawn, rounds drawn."""
+        random = np.random.default_rng(seed)
+        shape = (RESAMPLES, self.sessions, rounds // self.sessions)
+        sessions = random.integers(self.sessions, size=shape[:2]) if self.sessions > 1 else np.zeros(shape[:2], int)
+        within = random.integers(shape[2], size=shape)
+        return (sessions[..., None] + self.sessions * within).reshape(RESAMPLES, rounds)
+
 
 def interleave(
-    subjects: Mapping[str, Callable[[], object]],
+    subjects: Mapping[str, Callable[[], object] | Sequence[Callable[[], object]]],
     *,
     warmup: int = 3,
     min_rounds: int = 20,
@@ -126,21 +144,28 @@ def interleave(
 ) -> Measurement:
     """Time every subject once a round, each round in a fresh order drawn from ``seed``.
 
-    Only the call itself is timed, with the garbage collector off. After ``warmup`` calls of each subject, rounds go on
-    until ``max_seconds`` have passed, but for at least ``min_rounds`` and at most ``max_rounds``. ``on_round`` is told
-    the number of rounds done. A call shorter than the clock's step counts as 1 ns.
+    A subject is a call, or as many sessions as every other subject has. Only the call itself is timed, with the garbage
+    collector off. After ``warmup`` calls of each, rounds go on until ``max_seconds`` have passed, but for at least
+    ``min_rounds`` and at most ``max_rounds``, and until every session has had as many. ``on_round`` is told the number
+    of rounds done. A call shorter than the clock's step counts as 1 ns.
 
     Raises:
-        ValueError: if there is no subject, or no number of rounds satisfies both bounds.
+        ValueError: if there is no subject, subjects differ in sessions, or no number of rounds satisfies both bounds.
         Exception: whatever a subject or ``on_round`` raises.
     """
     if not subjects:
         raise ValueError("nothing to measure: give at least one subject")
+    calls = {name: (given,) if callable(given) else tuple(given) for name, given in subjects.items()}
+    sessions = len(next(iter(calls.values())))
+    if not sessions or any(len(given) != sessions for given in calls.values()):
+        raise ValueError("every subject needs as many sessions as the others, and one at least")
+    max_rounds -= max_rounds % sessions
     if not 1 <= min_rounds <= max_rounds:
-        raise ValueError(f"cannot run at least {min_rounds} and at most {max_rounds} rounds")
-    for call in subjects.values():
-        for _ in range(warmup):
-            call()
+        raise ValueError(f"cannot run at least {min_rounds} and at most {max_rounds} rounds of {sessions} sessions")
+    for given in calls.values():
+        for call in given:
+            for _ in range(warmup):
+                call()
     samples: dict[str, list[float]] = {name: [] for name in subjects}
     order = list(subjects)
     shuffle = random.Random(seed).shuffle
@@ -151,7 +176,7 @@ def interleave(
         for done in range(1, max_rounds + 1):
             shuffle(order)
             for name in order:
-                call = subjects[name]
+                call = calls[name][(done - 1) % sessions]
                 start = perf_counter_ns()
                 result = call()
                 elapsed = perf_counter_ns() - start
@@ -159,12 +184,13 @@ def interleave(
                 samples[name].append(max(elapsed, 1) / 1e6)
             if on_round is not None:
                 on_round(done)
-            if done >= min_rounds and perf_counter_ns() - began >= max_seconds * 1e9:
+            enough = done >= min_rounds and done % sessions == 0
+            if enough and perf_counter_ns() - began >= max_seconds * 1e9:
                 break
     finally:
         if collected:
             gc.enable()
-    return Measurement({name: tuple(times) for name, times in samples.items()})
+    return Measurement({name: tuple(times) for name, times in samples.items()}, sessions)
 
 
 def machine() -> dict[str, str | int | float | list[str] | None]:

@@ -36,7 +36,9 @@ VECTOR_WIDTHS = (4, 8, 16)
 """Float32 values in the vectors of CPUs: SSE and NEON, AVX2, AVX-512."""
 WHOLE_SECONDS = 20.0
 """Time to compare whole networks in, at most; a third of the tuning's if that is less."""
-LEAST_ROUNDS = 10
+LEAST_ROUNDS = 12
+SESSIONS = 3
+"""How often a network is loaded to be compared whole: sessions of one file differ by a percent or two."""
 UNTUNED, TUNED, AS_LEARNED = "untuned", "tuned", "as learned"
 """What is timed whole: formed by the shipped model, by measured times, and with the groups that were learned."""
 
@@ -285,8 +287,8 @@ class NetworkTuner:
             calls = {}
             for name, form in forms.items():
                 content = self.content(form, variant)
-                runner = stack.enter_context(make_runner(variant, content, threads=self.options.threads))
-                calls[name] = partial(runner.outputs, images)
+                runners = [make_runner(variant, content, threads=self.options.threads) for _ in range(SESSIONS)]
+                calls[name] = [partial(stack.enter_context(runner).outputs, images) for runner in runners]
             measured = interleave(calls, min_rounds=LEAST_ROUNDS, max_rounds=10**6, max_seconds=seconds)
         winner = UNTUNED
         for challenger in (name for name in calls if name != UNTUNED):

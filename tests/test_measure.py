@@ -107,6 +107,20 @@ class TestInterleave:
         assert calls == [True] * 3 + [False] * 2
         assert gc.isenabled()
 
+    def test_every_round_runs_the_next_session_until_all_have_had_as_many(self, clock: Clock) -> None:
+        fast, slow = clock.subject(1_000_000), clock.subject(2_000_000)
+        subjects = {"a": [fast, slow, slow], "b": [slow, fast, fast]}
+        result = interleave(subjects, min_rounds=4, max_seconds=0)
+        assert result.sessions == 3
+        assert result.samples == {"a": (1.0, 2.0, 2.0) * 2, "b": (2.0, 1.0, 1.0) * 2}
+        assert interleave(subjects, min_rounds=4, max_rounds=11).stats("a").rounds == 9
+
+    def test_every_session_is_warmed_up(self) -> None:
+        calls: list[int] = []
+        sessions = [lambda number=number: calls.append(number) for number in (1, 2)]
+        interleave({"a": sessions}, warmup=2, min_rounds=2, max_rounds=2)
+        assert calls == [1, 1, 2, 2, 1, 2]
+
     def test_impossible_requests_are_refused(self) -> None:
         with pytest.raises(ValueError, match="at least one subject"):
             interleave({})
@@ -114,6 +128,11 @@ class TestInterleave:
             interleave({"a": lambda: None}, min_rounds=5, max_rounds=4)
         with pytest.raises(ValueError, match="at least 0"):
             interleave({"a": lambda: None}, min_rounds=0)
+        for uneven in ({"a": [], "b": []}, {"a": [int, int], "b": int}):
+            with pytest.raises(ValueError, match="as many sessions as the others"):
+                interleave(uneven)
+        with pytest.raises(ValueError, match="at least 3 and at most 2 rounds of 2 sessions"):
+            interleave({"a": [int, int]}, min_rounds=3, max_rounds=3)
 
 
 TIMES = st.floats(0.01, 1000)
@@ -122,6 +141,43 @@ PAIRED = st.lists(st.tuples(TIMES, TIMES), min_size=1, max_size=25)
 
 def paired(rounds: list[tuple[float, float]], scale: float = 1) -> Measurement:
     return Measurement({"a": tuple(scale * a for a, _ in rounds), "b": tuple(b for _, b in rounds)})
+
+
+class TestSessions:
+    """A session is faster or slower for as long as it lives, which no number of its rounds shows."""
+
+    @staticmethod
+    def measured(rounds: int, sessions: int) -> Measurement:
+        random = np.random.default_rng(0)
+        a, b = (1 + 0.02 * random.standard_normal(4) for _ in range(2))  # 2 % from session to session
+        noise = 1 + 0.001 * random.standard_normal((2, rounds))
+        pairs = zip(("a", "b"), (a, b), noise, strict=True)
+        return Measurement({name: tuple(np.resize(own, rounds) * each) for name, own, each in pairs}, sessions)
+
+    def test_their_spread_is_in_the_interval_however_many_rounds(self) -> None:
+        ratios = [self.measured(rounds, 4).ratio("a", "b") for rounds in (40, 400)]
+        for ratio in ratios:
+            assert ratio.low < ratio.value < ratio.high
+            assert 1.01 < ratio.high / ratio.low < 1.2
+
+    def test_rounds_without_sessions_are_drawn_as_they_always_were(self) -> None:
+        a, b = (np.asarray(self.measured(40, 1).samples[name]) for name in "ab")
+        drawn = np.random.default_rng(3).integers(40, size=(measure.RESAMPLES, 40))
+        logs = np.log(np.median(a[drawn], axis=1)) - np.log(np.median(b[drawn], axis=1))
+        ratio = self.measured(40, 1).ratio("a", "b", seed=3)
+        assert [ratio.low, ratio.high] == pytest.approx(np.exp(np.quantile(logs, [0.025, 0.975])))
+
+    def test_rounds_drawn_are_of_the_sessions_drawn(self) -> None:
+        drawn = self.measured(40, 4)._drawn(40, seed=0)
+        assert drawn.shape == (measure.RESAMPLES, 40)
+        assert drawn.min() == 0 and drawn.max() == 39
+        of = (drawn % 4).reshape(-1, 4, 10)
+        assert (of == of[..., :1]).all()
+        assert len(np.unique(of[..., 0], axis=0)) == 4**4
+
+    def test_uneven_ones_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="3 sessions need as many rounds each"):
+            Measurement({"a": (1.0,) * 4}, 3)
 
 
 class TestRatio:
