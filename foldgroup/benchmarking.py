@@ -10,7 +10,9 @@ All subjects run interleaved in one process (:func:`foldgroup.measure.interleave
 * the folded form on every other target and in every other precision asked for.
 
 A speed-up is median(other) / median(subject) of the interleaved rounds, with its interval; one whose interval contains
-1 or lies below it is no speed-up, and is called so. With several streams a call is that many calls at a time.
+1 or lies below it is no speed-up, and is called so. With several streams a call is that many calls at a time. On a CPU
+every network is loaded several times, as that makes a percent or two (:mod:`foldgroup.measure`), unless a call takes so
+many images that memory might not do.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from foldgroup.measure import LatencyStats, Ratio, interleave, machine
 from foldgroup.run import Runner, TensorRtRunner
 from foldgroup.targets import Variant, make_runner, parse_variants
 
+SESSIONS, FEW_IMAGES = 3, 8
+"""How often a network is loaded where a call takes at most so many images."""
 DEVICE_REPEATS = 100
 """Runs between CUDA events, where a runner has them."""
 
@@ -150,6 +154,8 @@ class BenchmarkReport:
     streams: int
     """Calls at a time; a subject's time is that of all of them together."""
     rounds: int
+    sessions: int
+    """How often each network was loaded."""
     version: str
     notes: tuple[str, ...] = ()
     """What did not run, and why."""
@@ -168,6 +174,7 @@ class BenchmarkReport:
             "batch": self.batch,
             "threads": self.threads,
             "rounds": self.rounds,
+            "sessions": self.sessions,
             "subjects": [subject.as_dict() for subject in self.subjects],
             "speed_ups": [comparison.as_dict() for comparison in self.comparisons],
             "conclusion": self.conclusion,
@@ -225,7 +232,12 @@ def benchmark(
         for candidate in _others(opened, first.variant, names, on_step):
             runners[candidate] = load(candidate)
         pool = stack.enter_context(ThreadPoolExecutor(streams))
-        calls = {c.name: _call(runner, images, streams, pool) for c, runner in runners.items()}
+        few = batch * streams <= FEW_IMAGES and all(c.variant.target.device == "cpu" for c in runners)
+        again = range(SESSIONS - 1) if few else ()
+        calls = {
+            c.name: [_call(session, images, streams, pool) for session in (runner, *(load(c) for _ in again))]
+            for c, runner in runners.items()
+        }
         measured = interleave(calls, max_seconds=max_seconds, on_round=on_round)
         described = {c.name: runner.describe() for c, runner in runners.items()}
         on_device = {
@@ -263,6 +275,7 @@ def benchmark(
         batch=batch,
         streams=streams,
         rounds=measured.stats(FOLDED).rounds,
+        sessions=measured.sessions,
         version=__version__,
         notes=notes,
     )

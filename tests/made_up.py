@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,10 @@ def favour(
 def won_by(*names: str) -> Callable[..., Measurement]:
     """In place of :func:`foldgroup.measure.interleave`: every call is made, and the first of ``names`` there wins."""
 
-    def interleave(calls: Mapping[str, Callable[[], object]], **_: Any) -> Measurement:
-        for call in calls.values():
-            call()
+    def interleave(calls: Mapping[str, Sequence[Callable[[], object]]], **_: Any) -> Measurement:
+        for sessions in calls.values():
+            for call in sessions:
+                call()
         winner = next(name for name in names if name in calls)
         return Measurement({name: ((1.0 if name == winner else 2.0),) * 20 for name in calls})
 

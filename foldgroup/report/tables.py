@@ -160,9 +160,10 @@ def benchmark_table(report: BenchmarkReport) -> Group:
         ("Machine", f"{report.machine.get('processor')}, {report.machine.get('usable_cores')} usable cores, {isa}"),
     ]
     streams = f", {report.streams} streams at a time" if report.streams > 1 else ""
+    loaded = f", loaded {report.sessions} times" if report.sessions > 1 else ""
     return Group(
         heading(f"{report.checkpoint['arch']}, batch {report.batch} of {one}, threads: {threads}{streams}"),
-        paragraph(f"{report.rounds} rounds, every subject once a round in random order"),
+        paragraph(f"{report.rounds} rounds, every subject once a round in random order{loaded}"),
         "",
         times,
         "",

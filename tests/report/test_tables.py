@@ -119,6 +119,7 @@ def report() -> BenchmarkReport:
         batch=1,
         streams=1,
         rounds=400,
+        sessions=4,
         version="0",
     )
 
