@@ -233,11 +233,10 @@ def benchmark(
             runners[candidate] = load(candidate)
         pool = stack.enter_context(ThreadPoolExecutor(streams))
         few = batch * streams <= FEW_IMAGES and all(c.variant.target.device == "cpu" for c in runners)
-        again = range(SESSIONS - 1) if few else ()
-        calls = {
-            c.name: [_call(session, images, streams, pool) for session in (runner, *(load(c) for _ in again))]
-            for c, runner in runners.items()
-        }
+        calls = {c.name: [_call(runner, images, streams, pool)] for c, runner in runners.items()}
+        for _ in range(SESSIONS - 1 if few else 0):  # one of each in turn: what is loaded late lies elsewhere
+            for c in runners:
+                calls[c.name].append(_call(load(c), images, streams, pool))
         measured = interleave(calls, max_seconds=max_seconds, on_round=on_round)
         described = {c.name: runner.describe() for c, runner in runners.items()}
         on_device = {

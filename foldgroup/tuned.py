@@ -284,11 +284,12 @@ class NetworkTuner:
         images = np.random.default_rng(0).standard_normal((self.options.batch, *self.shape[1:])).astype(np.float32)
         seconds = min(WHOLE_SECONDS, self.options.seconds / 3)
         with ExitStack() as stack:
-            calls = {}
-            for name, form in forms.items():
-                content = self.content(form, variant)
-                runners = [make_runner(variant, content, threads=self.options.threads) for _ in range(SESSIONS)]
-                calls[name] = [partial(stack.enter_context(runner).outputs, images) for runner in runners]
+            contents = {name: self.content(form, variant) for name, form in forms.items()}
+            calls: dict[str, list[Callable[[], object]]] = {name: [] for name in forms}
+            for _ in range(SESSIONS):  # one of each in turn: what is loaded late lies elsewhere
+                for name, content in contents.items():
+                    runner = stack.enter_context(make_runner(variant, content, threads=self.options.threads))
+                    calls[name].append(partial(runner.outputs, images))
             measured = interleave(calls, min_rounds=LEAST_ROUNDS, max_rounds=10**6, max_seconds=seconds)
         winner = UNTUNED
         for challenger in (name for name in calls if name != UNTUNED):

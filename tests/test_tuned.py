@@ -231,7 +231,7 @@ class TestWhatWins:
         (timed,) = made.timed
         assert timed["shape"] == (5, *SHAPE[1:])
         assert (timed["max_seconds"], timed["min_rounds"]) == (10.0, LEAST_ROUNDS)
-        assert made.runners == [(ORT, groups, {"threads": 2}) for groups in (4, 1, 8) for _ in range(module.SESSIONS)]
+        assert made.runners == [(ORT, groups, {"threads": 2}) for _ in range(module.SESSIONS) for groups in (4, 1, 8)]
         assert made.steps == ["tuning for onnxruntime fp32: whole networks…"]
 
     def test_takes_no_more_than_its_time(self, runtime: Make) -> None:
