@@ -192,21 +192,21 @@ def build() -> tuple[dict[str, list[dict[str, Any]]], str]:
             }
         )
         splits = sum(min(times, key=lambda e: times[e]).parts > 1 for times in mine.curves.values())
-        of = (mine.name, _processor(mine), mine.setting.version, len(mine.curves), mine.rounds)
+        of = (mine.name, processor_name(mine.setting), mine.setting.version, len(mine.curves), mine.rounds)
         row = (*of, *_shown(judged[margin]))
         lines.append(f"| {' | '.join(map(str, row))} | {margin - 1:.0%} | {splits} |")
         for other in measured:
             if other.name == mine.name and other is not mine:
                 model = CostModel(coefficients, 0.0, margin, other.lanes, mine.depth)
                 quality = judge(other.curves, margin, [model])
-                row = (mine.name, _processor(mine), _processor(other), *_shown(quality))
+                row = (mine.name, processor_name(mine.setting), processor_name(other.setting), *_shown(quality))
                 foreign.append(f"| {' | '.join(map(str, row))} |")
     return documents, "\n".join([*_head(), *lines, *(_foreign_head() if foreign else ()), *foreign]) + "\n"
 
 
-def _processor(measured: Measured) -> str:
-    """Its name, and what decides the model: vectors and matrix units."""
-    name, _, flags = measured.setting.processor.partition(" (")
+def processor_name(setting: Setting) -> str:
+    """The processor's name, and what decides the model: vectors and matrix units."""
+    name, _, flags = setting.processor.partition(" (")
     units = {"avx512f": "AVX-512", models.MATRIX_UNITS: "AMX"}
     told = [word for flag, word in units.items() if flag in flags] or ["AVX2"] * ("avx2" in flags)
     return ", ".join([name.replace("(R)", "").strip(), *told])

@@ -4,7 +4,8 @@
 
 * ``latency_macs.svg``: latency against multiply-adds, batch 1, one thread, ONNX Runtime fp32, and the machine's limit;
 * ``time_by_layer.svg``: where the time of a network goes, layer upon layer, beside the limit of each;
-* ``packing.svg``: time of the 3×3 layers of ResNeXt by the width of the groups they run as, per runtime and precision.
+* ``packing.svg``: time of the 3×3 layers of ResNeXt by the width of the groups they run as, per processor, runtime and
+  precision.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
+from bench.fit_costs import processor_name
 from foldgroup.conv_shape import ConvShape
 from foldgroup.tuning.database import read_export
 
@@ -31,6 +34,8 @@ KINDS = ("stem", "pointwise", "3×3 in groups", "downsampling", "classifier", "a
 CHANNELS = ((128, 56), (256, 28), (512, 14), (1024, 7))
 """Channels and extent of the 3×3 layers of ResNeXt-50 32×4d."""
 HASH = "foldgroup"
+Curves: TypeAlias = dict[tuple[int, int], list[tuple[int, float]]]
+"""By channels and extent: width as run, and time over that of dense."""
 
 
 def latency_macs(document: Mapping[str, Any]) -> plt.Figure:
@@ -110,29 +115,36 @@ def kind_of(layer: str) -> str:
 
 
 def packing(results: Path = RESULTS) -> plt.Figure:
-    """A panel for every layer of ResNeXt: time over that of dense by the width of the groups as run.
-
-    Curves of a further processor are dashed.
-    """
-    figure, grid = plt.subplots(1, len(CHANNELS), figsize=(12, 3.4), sharey=True, constrained_layout=True)
-    colours: dict[str, str] = {}
+    """A row for every processor, a panel for every layer of ResNeXt: time over that of dense by the width as run."""
+    drawn: dict[str, dict[str, Curves]] = defaultdict(dict)
     for path in sorted(results.glob("packing_*_*.json")):
-        _, target, precision, *elsewhere = path.stem.split("_")
-        colour = colours.setdefault(f"{target} {precision}", f"C{len(colours)}")
-        style = {"color": colour, "linestyle": "--" if elsewhere else "-", "marker": "."}
-        curves: dict[tuple[int, int], list[tuple[int, float]]] = defaultdict(list)
-        for (_, shape), timings in read_export(path).items():
-            place = (shape.in_channels, shape.size[0]) if isinstance(shape, ConvShape) else (0, 0)
-            if isinstance(shape, ConvShape) and place in CHANNELS and shape.kernel == (3, 3) and shape.stride == (1, 1):
+        curves: Curves = {}
+        found = read_export(path)
+        for (_, shape), timings in found.items():
+            if isinstance(shape, ConvShape) and shape.kernel == (3, 3) and shape.stride == (1, 1):
                 runs = {e.groups: t.ns for e, t in timings.items() if e.parts == 1}
-                curves[place] = sorted((shape.in_channels // g, ns / runs[1]) for g, ns in runs.items())
-        for axes, place in zip(grid, CHANNELS, strict=True):
-            axes.plot(*zip(*curves[place], strict=True), **style, label=" ".join([target, precision, *elsewhere]))
-            axes.set(xscale="log", yscale="log", title=f"{place[0]} channels at {place[1]}×{place[1]}")
+                widths = sorted((shape.in_channels // g, ns / runs[1]) for g, ns in runs.items())
+                curves[shape.in_channels, shape.size[0]] = widths
+        setting, _ = next(iter(found))
+        drawn[processor_name(setting)][f"{setting.target} {setting.precision}"] = curves
+    colours = {name: f"C{i}" for i, name in enumerate(sorted({name for row in drawn.values() for name in row}))}
+    size = (12, 2.7 * len(drawn) + 0.5)
+    figure, grid = plt.subplots(
+        len(drawn), len(CHANNELS), figsize=size, sharex="col", sharey=True, squeeze=False, constrained_layout=True
+    )
+    for row, (processor, mine) in zip(grid, drawn.items(), strict=True):
+        for axes, place in zip(row, CHANNELS, strict=True):
+            for name, curves in mine.items():
+                axes.plot(*zip(*curves[place], strict=True), color=colours[name], marker=".")
+            axes.set_yscale("log")
             axes.set_xscale("log", base=2)
-            axes.set_xlabel("channels in a group as run")
-    grid[0].set_ylabel("time over that of dense")
-    grid[0].legend(fontsize="x-small")
+        row[0].set_ylabel(f"{processor}\ntime over that of dense")
+    for (channels, extent), axes in zip(CHANNELS, grid[0], strict=True):
+        axes.set_title(f"{channels} channels at {extent}×{extent}")
+    for axes in grid[-1]:
+        axes.set_xlabel("channels in a group as run")
+    lines = [Line2D([], [], color=colour, marker=".", label=name) for name, colour in colours.items()]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), fontsize="small")
     return figure
 
 
