@@ -234,7 +234,9 @@ def test_a_function_becomes_the_module_that_computes_the_same(name):
     graph = trace(network, shape)
     assert [type(called_module(graph, node)) for node in graph.graph.nodes if node.op == "call_module"] == [kind]
     assert not graph.graph.find_nodes(op="get_attr")
-    assert torch.equal(graph(x), network(x))
+    # What was moved lies otherwise in memory, and some processors' BLAS sums that in another order.
+    rounding = 1e-6 if name == "moved" else 0
+    torch.testing.assert_close(graph(x), network(x), rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("axes", [2, 3, 4, 5])
