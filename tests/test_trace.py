@@ -233,7 +233,7 @@ def test_a_fork_has_its_own_nodes_and_the_same_modules():
         assert all(other.get_submodule(name) is module for name, module in graph.named_modules() if name == "0")
         next(iter(other.graph.nodes)).meta["shape"] = ()
         other.add_submodule("0", nn.Identity())
-        other.graph.erase_node(next(reversed(other.graph.nodes)))
+        other.graph.erase_node(next(iter(reversed(other.graph.nodes))))
     assert type(other).__name__ == type(graph).__name__
 
 

@@ -160,13 +160,14 @@ def _check_compiler() -> None:
 
 
 def _without_paths(package: bytes, folders: tuple[str, ...]) -> bytes:
-    """The package without C++ sources, and with ``folders`` blanked wherever its library names them."""
+    """The package with ``folders`` blanked wherever its library names them, and its C++ sources empty.
+
+    Their names stay: PyTorch 2.10 finds the metadata by them.
+    """
     result = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(package)) as given, zipfile.ZipFile(result, "w") as written:
         for entry in given.infolist():
-            if entry.filename.endswith(".cpp"):
-                continue
-            content = given.read(entry)
+            content = b"" if entry.filename.endswith(".cpp") else given.read(entry)
             for folder in (os.fsencode(folder) for folder in folders):
                 content = content.replace(folder, b"/" * len(folder))  # as long as before: nothing moves
             written.writestr(entry, content)

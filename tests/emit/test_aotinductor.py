@@ -48,7 +48,7 @@ class TestPackage:
         here = [str(Path.home()), tempfile.gettempdir(), str(Path(torch.__file__).parents[1])]
         with zipfile.ZipFile(io.BytesIO(package().content)) as archive:
             for name in archive.namelist():
-                assert not name.endswith(".cpp")
+                assert not name.endswith(".cpp") or archive.getinfo(name).file_size == 0  # PyTorch 2.10 needs the name
                 content = archive.read(name)
                 assert not any((folder + "/").encode() in content for folder in here if folder != "/")
 
