@@ -46,7 +46,7 @@ from foldgroup.checkpoint import load_network
 from foldgroup.emit.onnx import export_onnx
 from foldgroup.emit.precision import typed
 from foldgroup.folding import fold
-from foldgroup.measure import interleave, machine
+from foldgroup.measure import interleave, machine, sessions_for
 from foldgroup.profiling import Profile, profile
 from foldgroup.profiling.limits import RUNTIMES
 from foldgroup.targets import Variant, find_target, make_runner
@@ -58,7 +58,6 @@ BUDGETS = (32, 64, 96, 128)
 FORMS = ("training", "shuffle", "folded", "packed", "tuned")
 BASELINES = {"g_resnext50": ("resnext50_32x4d", "resnet50"), "g_resnext101": ("resnext101_32x4d", "resnet101")}
 TUNE_SECONDS = 45.0
-SESSIONS = 4
 PROFILE_SECONDS = 2.0
 OPENVINO = ("openvino:fp32", "openvino:bf16", "openvino:int8")
 
@@ -87,11 +86,6 @@ class Setting:
     seconds: float = 40.0
     profiled: bool = False
     """Whether every layer is timed too."""
-
-    @property
-    def sessions(self) -> int:
-        """How often a file is loaded: once where it is of many images, which take gigabytes."""
-        return SESSIONS if self.batch <= 8 else 1
 
     @property
     def pairs(self) -> Iterable[tuple[Subject, Subject]]:
@@ -254,7 +248,7 @@ def measure(setting: Setting, files: Files) -> tuple[dict[str, Any], dict[str, P
                 profiles[str(subject)] = profile(variant, content, images, setting.threads, seconds=PROFILE_SECONDS)
             loads[str(subject)] = partial(_session, stack, variant, content, images, setting.threads)
         calls: dict[str, list[Callable[[], object]]] = {name: [] for name in loads}
-        for _ in range(setting.sessions):  # one of each in turn: what is loaded late lies elsewhere
+        for _ in range(sessions_for(setting.batch)):  # one of each in turn: what is loaded late lies elsewhere
             for name, load in loads.items():
                 calls[name].append(load())
         measured = interleave(calls, warmup=2, min_rounds=7, max_seconds=setting.seconds)

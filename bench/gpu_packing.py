@@ -34,7 +34,7 @@ from foldgroup.measure import Measurement, machine
 RESULTS = Path(__file__).parent / "results"
 LAUNCHES, ROUNDS = 20, 15
 BATCHES = (1, 64, 8, 256)
-"""The ends of what is served first."""
+"""One image and a full batch first: what a run that is cut short should hold."""
 LAYOUTS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
 LAYERS = ((128, 56, 1), (256, 56, 2), (256, 28, 1), (512, 28, 2), (512, 14, 1), (1024, 14, 2), (1024, 7, 1))
 """Channels, size of the input and stride."""

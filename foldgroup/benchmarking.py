@@ -34,12 +34,10 @@ from foldgroup.bundle import Bundle, read_bundle
 from foldgroup.candidates import FOLDED, TRAINING, Candidate, baseline, check_baselines, folded_form, training_form
 from foldgroup.equivalence import seeded_inputs
 from foldgroup.errors import RunnerError
-from foldgroup.measure import LatencyStats, Ratio, interleave, machine
+from foldgroup.measure import LatencyStats, Ratio, interleave, machine, sessions_for
 from foldgroup.run import Runner, TensorRtRunner
 from foldgroup.targets import Variant, make_runner, parse_variants
 
-SESSIONS, FEW_IMAGES = 3, 8
-"""How often a network is loaded where a call takes at most so many images."""
 DEVICE_REPEATS = 100
 """Runs between CUDA events, where a runner has them."""
 
@@ -232,9 +230,9 @@ def benchmark(
         for candidate in _others(opened, first.variant, names, on_step):
             runners[candidate] = load(candidate)
         pool = stack.enter_context(ThreadPoolExecutor(streams))
-        few = batch * streams <= FEW_IMAGES and all(c.variant.target.device == "cpu" for c in runners)
+        sessions = min(sessions_for(batch * streams, c.variant.target.device) for c in runners)
         calls = {c.name: [_call(runner, images, streams, pool)] for c, runner in runners.items()}
-        for _ in range(SESSIONS - 1 if few else 0):  # one of each in turn: what is loaded late lies elsewhere
+        for _ in range(sessions - 1):  # one of each in turn: what is loaded late lies elsewhere
             for c in runners:
                 calls[c.name].append(_call(load(c), images, streams, pool))
         measured = interleave(calls, max_seconds=max_seconds, on_round=on_round)

@@ -38,6 +38,8 @@ import numpy.typing as npt
 
 RESAMPLES = 2000
 """Bootstrap resamples behind every interval."""
+SESSIONS, FEW_IMAGES = 4, 8
+"""How often a network is loaded to be timed, and up to how many images a call."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,13 @@ def interleave(
         if collected:
             gc.enable()
     return Measurement({name: tuple(times) for name, times in samples.items()}, sessions)
+
+
+def sessions_for(images: int, device: str = "cpu") -> int:
+    """How often to load networks that take so many images a call: once where that could take more memory than there is,
+    or on a GPU, whose memory is its own.
+    """
+    return SESSIONS if images <= FEW_IMAGES and device == "cpu" else 1
 
 
 def machine() -> dict[str, str | int | float | list[str] | None]:

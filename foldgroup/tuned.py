@@ -25,7 +25,7 @@ from foldgroup.conv_shape import ConvShape
 from foldgroup.errors import TuningError
 from foldgroup.folding import Folded
 from foldgroup.lowering import Form, form_for
-from foldgroup.measure import Ratio, interleave
+from foldgroup.measure import Ratio, interleave, sessions_for
 from foldgroup.targets import Variant, make_runner
 from foldgroup.tuning.database import Database, default_path
 from foldgroup.tuning.model import model_for, predictor
@@ -37,8 +37,6 @@ VECTOR_WIDTHS = (4, 8, 16)
 WHOLE_SECONDS = 20.0
 """Time to compare whole networks in, at most; a third of the tuning's if that is less."""
 LEAST_ROUNDS = 12
-SESSIONS = 3
-"""How often a network is loaded to be compared whole: sessions of one file differ by a percent or two."""
 UNTUNED, TUNED, AS_LEARNED = "untuned", "tuned", "as learned"
 """What is timed whole: formed by the shipped model, by measured times, and with the groups that were learned."""
 
@@ -286,7 +284,8 @@ class NetworkTuner:
         with ExitStack() as stack:
             contents = {name: self.content(form, variant) for name, form in forms.items()}
             calls: dict[str, list[Callable[[], object]]] = {name: [] for name in forms}
-            for _ in range(SESSIONS):  # one of each in turn: what is loaded late lies elsewhere
+            # One of each in turn: what is loaded late lies elsewhere.
+            for _ in range(sessions_for(self.options.batch, variant.target.device)):
                 for name, content in contents.items():
                     runner = stack.enter_context(make_runner(variant, content, threads=self.options.threads))
                     calls[name].append(partial(runner.outputs, images))

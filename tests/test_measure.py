@@ -180,6 +180,11 @@ class TestSessions:
             Measurement({"a": (1.0,) * 4}, 3)
 
 
+def test_what_could_take_more_memory_than_there_is_is_loaded_once() -> None:
+    asked = ((1, "cpu"), (8, "cpu"), (9, "cpu"), (1, "gpu"))
+    assert [measure.sessions_for(*each) for each in asked] == [measure.SESSIONS, measure.SESSIONS, 1, 1]
+
+
 class TestRatio:
     @quick(30)
     @given(PAIRED, st.floats(0.001, 1000))

@@ -108,7 +108,7 @@ class Runtime:
         return Network(int(content))
 
     def interleave(self, calls: Mapping[str, Any], **limits: Any) -> Measurement:
-        assert {len(sessions) for sessions in calls.values()} == {module.SESSIONS}
+        assert {len(sessions) for sessions in calls.values()} == {module.sessions_for(self.options.batch)}
         groups = {name: sessions[0].func.__self__.groups for name, sessions in calls.items()}
         (shape,) = {call.args[0].shape for sessions in calls.values() for call in sessions}
         self.timed.append({"groups": groups, "shape": shape, **limits})
@@ -231,7 +231,8 @@ class TestWhatWins:
         (timed,) = made.timed
         assert timed["shape"] == (5, *SHAPE[1:])
         assert (timed["max_seconds"], timed["min_rounds"]) == (10.0, LEAST_ROUNDS)
-        assert made.runners == [(ORT, groups, {"threads": 2}) for _ in range(module.SESSIONS) for groups in (4, 1, 8)]
+        loaded = [(ORT, groups, {"threads": 2}) for groups in (4, 1, 8)]
+        assert made.runners == loaded * module.sessions_for(5)
         assert made.steps == ["tuning for onnxruntime fp32: whole networks…"]
 
     def test_takes_no_more_than_its_time(self, runtime: Make) -> None:

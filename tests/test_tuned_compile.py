@@ -496,7 +496,7 @@ def test_what_is_faster_within_the_noise_alone_is_not_shipped(
     tmp_path: Path, onnxruntime: Setting, monkeypatch: pytest.MonkeyPatch, measuring_fails: None
 ) -> None:
     def noisy(calls: Any, **_: Any) -> Any:
-        measurement = interleave(calls, min_rounds=1, max_rounds=3)
+        measurement = interleave(calls, min_rounds=1, max_rounds=4)
         times = np.random.default_rng(0).uniform(1, 3, (len(calls), 20))
         return type(measurement)(dict(zip(calls, map(tuple, times.tolist()), strict=True)))
 
